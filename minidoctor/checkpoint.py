@@ -1,0 +1,119 @@
+"""Save and restore what was trained.
+
+    adapter_config.json      the experts' configuration and the base they belong to; written once, first
+    adapter.safetensors      experts and routers
+    training_state.safetensors   the same, with optimizer, queue, step and run: all that `--resume` needs
+
+The training state is one file, renamed into place, so that a run killed at any moment finds weights, optimizer and
+queue of the same step. No random state is stored: what a step draws is a function of the seed and the step.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minidoctor.config import AdapterConfig
+from minidoctor.expert_queue import ExpertQueue
+from minidoctor.model import Model, adapter_state
+from minidoctor.weights import (
+    Entry,
+    fingerprint,
+    load_model,
+    read_header,
+    read_object,
+    read_tensors,
+    write_json,
+    write_tensors,
+)
+
+CONFIG, ADAPTER, STATE = "adapter_config.json", "adapter.safetensors", "training_state.safetensors"
+
+
+def save_adapter_config(out: Path, base: str, adapter: AdapterConfig) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    description = {"name": Path(base).resolve().name, "fingerprint": fingerprint(base)}
+    write_json(out / CONFIG, {"base": description, "adapter": dataclasses.asdict(adapter)})
+
+
+def read_adapter_config(directory: Path, base: str | Path) -> AdapterConfig:
+    """Raises FileNotFoundError, or ValueError if the adapter is damaged or belongs to another base."""
+    path = directory / CONFIG
+    content = read_object(path)
+    try:
+        name, expected = content["base"]["name"], content["base"]["fingerprint"]
+        settings = content["adapter"] | {"targets": tuple(content["adapter"]["targets"])}
+        adapter = AdapterConfig(**settings)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: no adapter configuration ({error})") from None
+    if (found := fingerprint(base)) != expected:
+        raise ValueError(
+            f"{path}: the adapter was trained on {name!r} (fingerprint {str(expected)[:12]}), "
+            f"{base} is another model (fingerprint {found[:12]})"
+        )
+    return adapter
+
+
+def load_adapted_model(
+    base: str | Path,
+    directory: str | Path,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+) -> Model:
+    """The base with its trained experts, in eval mode. Raises FileNotFoundError or ValueError."""
+    directory = Path(directory)
+    model = load_model(base, dtype, device, read_adapter_config(directory, base))
+    load_into(adapter_state(model), directory / ADAPTER)
+    return model
+
+
+def load_into(state: dict[str, Tensor], path: Path) -> None:
+    """Copies a file's tensors into those given, which must be the same by name, shape and dtype."""
+    entries, _ = read_header(path)
+    check_entries(path, entries, state)
+    with torch.no_grad():
+        for name, tensor in read_tensors(path):
+            state[name].copy_(tensor)
+
+
+def check_entries(path: Path, entries: dict[str, Entry], state: dict[str, Tensor]) -> None:
+    if different := set(entries) ^ set(state):
+        raise ValueError(f"{path}: {len(different)} tensors are missing or unexpected: {min(different)}")
+    for name, entry in entries.items():
+        wanted = state[name]
+        if (entry.shape, entry.dtype) != (tuple(wanted.shape), wanted.dtype):
+            raise ValueError(
+                f"{path}: {name} is {entry.dtype} {entry.shape}, expected {wanted.dtype} {tuple(wanted.shape)}"
+            )
+
+
+def training_tensors(
+    trained: dict[str, Tensor], optimizer: torch.optim.Optimizer, queue: ExpertQueue | None
+) -> dict[str, Tensor]:
+    """All tensors that training changes, each under a name of its own; the tensors themselves, no copies."""
+    tensors = dict(trained)
+    for name, parameter in trained.items():
+        for key, value in optimizer.state[parameter].items():
+            tensors[f"optimizer.{key}.{name}"] = value
+    if queue:
+        tensors |= {f"queue.{name}": buffer for name, buffer in queue.state_dict().items()}
+    return tensors
+
+
+def save_training_state(out: Path, tensors: dict[str, Tensor], run: dict[str, Any]) -> None:
+    """`run` is what JSON can hold: step, configuration, figures so far."""
+    write_tensors(out / STATE, tensors, {"run": json.dumps(run)})
+
+
+def read_run(out: Path) -> dict[str, Any]:
+    """Raises FileNotFoundError if there is nothing to resume, ValueError if it is damaged."""
+    if not (out / STATE).is_file():
+        raise FileNotFoundError(f"{out}: nothing to resume, there is no {STATE}")
+    _, metadata = read_header(out / STATE)
+    try:
+        return json.loads(metadata["run"])
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"{out / STATE}: no training state ({error})") from None

@@ -1,0 +1,231 @@
+"""What can be chosen, as frozen dataclasses, and the few lines that turn them into a command line.
+
+A field is a flag: `top_k: int = flag(2, "...")` becomes `--top-k 2`. Values are checked once, here,
+when the dataclass is made; everything below may rely on them.
+"""
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, get_type_hints
+
+import torch
+
+# The linear layers of a block that can have experts, and the sublayer whose router serves them.
+TARGETS = {
+    "q_proj": "self_attn",
+    "k_proj": "self_attn",
+    "v_proj": "self_attn",
+    "o_proj": "self_attn",
+    "gate_proj": "mlp",
+    "up_proj": "mlp",
+    "down_proj": "mlp",
+}
+
+
+def flag(default: Any, help: str) -> Any:
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
+def check(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+def check_positive(config: object, *names: str) -> None:
+    for name in names:
+        check(getattr(config, name) > 0, f"{name} must be above 0, got {getattr(config, name)}")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The shape of a decoder. `weights.py` reads it from a checkpoint's config.json."""
+
+    vocab_size: int
+    dim: int
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    ffn_dim: int
+    max_seq_len: int = 2048
+    norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    tied: bool = True  # the output layer is the embedding matrix
+
+    def __post_init__(self) -> None:
+        check_positive(self, "vocab_size", "dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "ffn_dim")
+        check_positive(self, "max_seq_len", "norm_eps", "rope_theta")
+        check(
+            self.n_heads % self.n_kv_heads == 0,
+            f"{self.n_heads=} must be a multiple of {self.n_kv_heads=}",
+        )
+        check(
+            self.head_dim % 2 == 0,
+            f"head_dim must be even to be rotated in pairs, got {self.head_dim}",
+        )
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """The experts and their router. `n_experts=1` is plain LoRA."""
+
+    n_experts: int = flag(8, "LoRA experts of each adapted layer (1: plain LoRA)")
+    top_k: int = flag(2, "experts that serve one token")
+    rank: int = flag(8, "rank of one expert")
+    alpha: float = flag(16.0, "an expert's update is scaled by alpha / rank")
+    targets: tuple[str, ...] = flag(("gate_proj", "up_proj", "down_proj"), "linear layers that get experts")
+    routing_dim: int = flag(16, "dim of the routing vectors")
+
+    def __post_init__(self) -> None:
+        check_positive(self, "n_experts", "rank", "alpha", "routing_dim")
+        check(
+            1 <= self.top_k <= self.n_experts,
+            f"top_k must be between 1 and n_experts={self.n_experts}, got {self.top_k}",
+        )
+        for target in self.targets:
+            check(target in TARGETS, f"unknown target {target!r}, choose from {', '.join(TARGETS)}")
+        check(
+            len(set(self.targets)) == len(self.targets) > 0,
+            f"targets must be named once each, got {self.targets}",
+        )
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One fine-tuning run."""
+
+    base: str = flag("data/base", "checkpoint directory of the frozen base model")
+    data: str = flag("data/train.jsonl", "questions and answers to learn from")
+    eval: str = flag("data/heldout.jsonl", "questions to evaluate on, before and after ('': none)")
+    out: str = flag("out", "directory for the adapter, metrics.jsonl and report.json")
+    steps: int = flag(400, "optimizer steps")
+    batch_size: int = flag(32, "examples in a step")
+    accumulate: int = flag(1, "parts that a batch is computed in: same result, less memory")
+    max_seq_len: int = flag(256, "longest example in tokens; longer ones are cut")
+    lr: float = flag(2e-3, "peak learning rate")
+    warmup: int = flag(20, "steps until the peak; after it a cosine down to a tenth of it")
+    weight_decay: float = flag(0.0, "decoupled weight decay of the trained weights")
+    clip: float = flag(1.0, "largest norm of the gradient")
+    balance_weight: float = flag(0.01, "weight of the load-balance loss (0: off)")
+    contrast_weight: float = flag(0.01, "weight of the contrastive routing loss (0: off)")
+    contrast_temperature: float = flag(0.1, "temperature of the contrastive routing loss")
+    contrast_warmup: int = flag(50, "steps until the contrastive loss has its full weight")
+    n_anchors: int = flag(128, "answer tokens of each step that are contrasted and remembered")
+    queue_capacity: int = flag(64, "routing vectors remembered for each layer and expert")
+    queue_share: int = flag(8, "of them at most this many are replaced in one step")
+    log_every: int = flag(20, "steps between two printed lines")
+    save_every: int = flag(100, "steps between two saves")
+    seed: int = flag(0, "seed of everything random")
+    device: str = flag("auto", "auto, cpu, cuda or mps")
+    dtype: str = flag("auto", "of the frozen base: auto (bfloat16 on a GPU that has it), float32, bfloat16")
+    resume: bool = flag(False, "go on with the run in --out; flags given beside it must be the run's own")
+
+    def __post_init__(self) -> None:
+        check_positive(self, "steps", "batch_size", "accumulate", "max_seq_len", "lr", "clip", "n_anchors")
+        check_positive(
+            self, "contrast_temperature", "queue_capacity", "queue_share", "log_every", "save_every"
+        )
+        for name in (
+            "warmup",
+            "weight_decay",
+            "balance_weight",
+            "contrast_weight",
+            "contrast_warmup",
+            "seed",
+        ):
+            check(getattr(self, name) >= 0, f"{name} must be at least 0, got {getattr(self, name)}")
+        check(
+            self.queue_share <= self.queue_capacity,
+            f"queue_share must be at most queue_capacity={self.queue_capacity}, got {self.queue_share}",
+        )
+        check(self.max_seq_len >= 2, f"max_seq_len must be at least 2, got {self.max_seq_len}")
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """How the next token is chosen. The filters apply in this order: temperature, top-k, top-p."""
+
+    temperature: float = flag(0.0, "0 takes the likeliest token, higher is more random")
+    top_k: int = flag(0, "choose among the k likeliest tokens (0: all)")
+    top_p: float = flag(1.0, "choose among the likeliest tokens that together have probability p")
+    max_new_tokens: int = flag(256, "longest answer in tokens")
+    seed: int = flag(0, "seed of the choice")
+
+    def __post_init__(self) -> None:
+        check(
+            0 <= self.temperature < float("inf"),
+            f"temperature must be at least 0, got {self.temperature}",
+        )
+        check(self.top_k >= 0, f"top_k must be at least 0, got {self.top_k}")
+        check(0 < self.top_p <= 1, f"top_p must be above 0 and at most 1, got {self.top_p}")
+        check_positive(self, "max_new_tokens")
+        check(self.seed >= 0, f"seed must be at least 0, got {self.seed}")
+
+
+def add_flags(parser: argparse.ArgumentParser, config: type) -> None:
+    """One flag a field. A flag that was not given is left out of the result, so that a caller can tell."""
+    types = get_type_hints(config)
+    for field in dataclasses.fields(config):
+        name, kind = "--" + field.name.replace("_", "-"), types[field.name]
+        shown = ",".join(field.default) if isinstance(field.default, tuple) else repr(field.default)
+        text = field.metadata["help"] + ("" if kind is bool else f" (default {shown})")
+        if kind is bool:
+            parser.add_argument(name, action="store_true", default=argparse.SUPPRESS, help=text)
+            continue
+        parse = kind if kind in (int, float, str) else lambda value: tuple(value.split(","))
+        parser.add_argument(
+            name, type=parse, default=argparse.SUPPRESS, help=text, metavar=field.name.upper()
+        )
+
+
+def from_flags(config: type, given: dict[str, Any]) -> Any:
+    """The dataclass with the given flags that belong to it, and its defaults otherwise."""
+    return config(**{f.name: given[f.name] for f in dataclasses.fields(config) if f.name in given})
+
+
+def choose_device(name: str) -> torch.device:
+    """Raises ValueError if there is none of that kind."""
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if name == "auto":
+        name = next(kind for kind in ("cuda", "mps", "cpu") if available[kind])
+    check(name in available, f"device must be auto, {', '.join(available)}, got {name!r}")
+    check(
+        available[name],
+        f"device {name} is not there, torch {torch.__version__} finds only "
+        f"{', '.join(kind for kind in available if available[kind])}",
+    )
+    return torch.device(name)
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """Of the frozen base. Raises ValueError."""
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    if name == "auto":
+        name = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
+    check(name in dtypes, f"dtype must be auto, {', '.join(dtypes)}, got {name!r}")
+    return dtypes[name]
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run a program's main: bad input ends in one line and exit code 2, a failure on the way in code 1."""
+    try:
+        main()
+    except (
+        ValueError,
+        FileNotFoundError,
+        IsADirectoryError,
+        NotADirectoryError,
+        PermissionError,
+    ) as error:
+        code, message = 2, str(error)
+    except (OSError, FloatingPointError) as error:
+        code, message = 1, str(error)
+    except KeyboardInterrupt:
+        code, message = 130, "interrupted"
+    else:
+        return
+    print(f"{sys.argv[0]}: {message}", file=sys.stderr)
+    sys.exit(code)

@@ -1,0 +1,209 @@
+"""JSON lines to seeded batches of (tokens, targets).
+
+Each line is a question with its answer, in one of the forms that `Row` lists. `targets[t]` is the token that
+follows `tokens[t]`, or -100 wherever nothing is to be learned: on the prompt, the chat markers and the padding.
+
+Which rows stand in which batch is a function of the seed and the step alone, so going on with a run at
+step n needs no other record of the place in the data.
+"""
+
+import json
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from minidoctor.tokenizer import Tokenizer
+
+IGNORE = -100  # the target that torch's cross-entropy leaves out
+
+
+@dataclass(frozen=True)
+class Row:
+    """One question. Written as one JSON object a line:
+
+    {"question": "...", "answer": "..."}
+    {"question": "...", "options": {"A": "...", "B": "..."}, "answer": "A"}     ("AB": both are right)
+    {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}
+    {"instruction": "...", "input": "...", "output": "..."}
+
+    optionally with "topic" and "explanation".
+    """
+
+    id: str  # the row's own, or its line number
+    messages: list[dict[str, str]]  # ends with the assistant's answer
+    question: str  # without the options
+    options: dict[str, str]  # empty for an open question
+    answer: str  # the letters, or the text
+    topic: str
+    language: str  # "zh" if the question has a Chinese character, else "en"
+
+
+class Example(NamedTuple):
+    tokens: list[int]
+    targets: list[int]
+
+
+class Batch(NamedTuple):
+    tokens: Tensor  # (B, T)
+    targets: Tensor  # (B, T)
+    real: Tensor  # (B, T), False on padding
+    answers: Tensor  # (n,), where the flattened targets are not IGNORE; found here, on the CPU, so that no
+    # step has to wait for the GPU to learn how many there are
+
+
+def read_rows(path: str | Path) -> list[Row]:
+    """Raises FileNotFoundError or ValueError, the latter with file and line."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    rows = []
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                try:
+                    rows.append(parse_row(json.loads(line), str(number)))
+                except (ValueError, RecursionError) as error:
+                    raise ValueError(f"{path}:{number}: {error}") from None
+    if not rows:
+        raise ValueError(f"{path}: no rows, expected one JSON object a line")
+    return rows
+
+
+def parse_row(row: Any, id: str) -> Row:
+    """Raises ValueError."""
+    if not isinstance(row, dict):
+        raise ValueError(f"expected a JSON object, got {type(row).__name__}")
+    options: dict[str, str] = {}
+    if "messages" in row:
+        messages = parse_messages(row["messages"])
+        question, answer = messages[0]["content"], messages[-1]["content"]
+    elif "instruction" in row:
+        more = text_of(row, "input") if row.get("input") else ""
+        question = "\n".join(filter(None, [text_of(row, "instruction"), more]))
+        answer = text_of(row, "output")
+        messages = conversation(question, answer)
+    else:
+        question, answer = text_of(row, "question"), text_of(row, "answer")
+        messages = conversation(question, answer)
+        if "options" in row:
+            options = parse_options(row["options"], answer)
+            messages = conversation(*multiple_choice(question, options, answer))
+    return Row(
+        id=str(row.get("id", id)),
+        messages=messages,
+        question=question,
+        options=options,
+        answer=answer,
+        topic=text_of(row, "topic") if "topic" in row else "",
+        language=language_of(question),
+    )
+
+
+def text_of(row: dict[str, Any], key: str) -> str:
+    if key not in row:
+        raise ValueError(f'no "{key}"')
+    if not isinstance(row[key], str) or not row[key].strip():
+        raise ValueError(f'"{key}" must be text, got {row[key]!r:.40}')
+    return row[key]
+
+
+def parse_messages(messages: Any) -> list[dict[str, str]]:
+    if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) for m in messages):
+        raise ValueError('"messages" must be a list of {"role", "content"}')
+    parsed = [{"role": text_of(m, "role"), "content": text_of(m, "content")} for m in messages]
+    for message in parsed:
+        if message["role"] not in ("system", "user", "assistant"):
+            raise ValueError(f"a role is system, user or assistant, got {message['role']!r:.40}")
+    if parsed[-1]["role"] != "assistant":
+        raise ValueError("the last message must be the assistant's")
+    return parsed
+
+
+def parse_options(options: Any, answer: str) -> dict[str, str]:
+    if not isinstance(options, dict) or len(options) < 2:
+        raise ValueError('"options" must be an object with at least two letters')
+    for letter in options:
+        if not re.fullmatch("[A-Z]", letter):
+            raise ValueError(f'an option is named by one capital letter, got "{letter:.40}"')
+        text_of(options, letter)
+    if not set(answer) <= set(options) or len(set(answer)) != len(answer):
+        raise ValueError(f'"answer" must be among the options {"".join(options)}, got {answer!r:.40}')
+    return options
+
+
+def multiple_choice(question: str, options: dict[str, str], answer: str) -> tuple[str, str]:
+    """Prompt and answer of a multiple-choice question: the options a line each, "C. text" for an answer."""
+    lines = [f"{letter}. {text}" for letter, text in options.items()]
+    return "\n".join([question, *lines]), "\n".join(f"{letter}. {options[letter]}" for letter in answer)
+
+
+def conversation(question: str, answer: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+def language_of(text: str) -> str:
+    return "zh" if re.search("[\u4e00-\u9fff]", text) else "en"
+
+
+def encode(messages: list[dict[str, str]], tokenizer: Tokenizer, max_seq_len: int) -> Example:
+    """The conversation as tokens, with targets on the assistant's words and the token that ends them."""
+    tokens: list[int] = []
+    targets: list[int] = []
+    for ids, own in tokenizer.chat_turns(messages):
+        tokens += ids
+        targets += ids if own else [IGNORE] * len(ids)
+    return Example(tokens[:-1][:max_seq_len], targets[1:][:max_seq_len])
+
+
+def collate(examples: list[Example]) -> Batch:
+    """Pads on the right: under a causal mask no real token ever looks there."""
+    longest = max(len(example.tokens) for example in examples)
+    tokens = torch.zeros(len(examples), longest, dtype=torch.long)  # (B, T)
+    targets = torch.full_like(tokens, IGNORE)
+    real = torch.zeros_like(tokens, dtype=torch.bool)
+    for i, example in enumerate(examples):
+        n = len(example.tokens)
+        tokens[i, :n], targets[i, :n], real[i, :n] = (
+            torch.tensor(example.tokens),
+            torch.tensor(example.targets),
+            True,
+        )
+    return Batch(tokens, targets, real, (targets.flatten() != IGNORE).nonzero().squeeze(1))
+
+
+class Batches:
+    """Every example once an epoch, in an order drawn from the seed and the epoch.
+
+    Examples of like length stand together, so that little is padding: the shuffled examples are sorted by
+    length within windows of 16 batches, cut into batches, and the batches are shuffled.
+    """
+
+    window = 16
+
+    def __init__(self, examples: list[Example], batch_size: int, seed: int):
+        self.examples, self.batch_size, self.seed = examples, batch_size, seed
+        self.per_epoch = math.ceil(len(examples) / batch_size)
+
+    def epoch(self, number: int) -> list[list[int]]:
+        """The batches of an epoch, as indices of examples."""
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + number)
+        order = torch.randperm(len(self.examples), generator=generator).tolist()
+        size, batches = self.window * self.batch_size, []
+        for start in range(0, len(order), size):
+            window = sorted(order[start : start + size], key=lambda i: len(self.examples[i].tokens))
+            batches += [window[i : i + self.batch_size] for i in range(0, len(window), self.batch_size)]
+        return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
+
+    def starting_at(self, step: int) -> Iterator[list[Example]]:
+        """The batches of step, step + 1, ... without end."""
+        while True:
+            number, place = divmod(step, self.per_epoch)
+            for batch in self.epoch(number)[place:]:
+                yield [self.examples[i] for i in batch]
+                step += 1

@@ -1,0 +1,87 @@
+"""Writing: a prefill of the prompt, then one token at a time with the cache.
+
+A batch of prompts of different lengths is padded on the right and each row goes on from its own end, so
+that every row's tokens are those it would get alone.
+"""
+
+from collections.abc import Collection, Iterator
+
+import torch
+from torch import Tensor
+
+from minidoctor.config import SampleConfig
+from minidoctor.model import KVCache, Model
+from minidoctor.tokenizer import Tokenizer
+
+
+def filtered(logits: Tensor, config: SampleConfig) -> Tensor:
+    """Logits (B, V) after temperature, top-k and top-p: -inf where a token may not be chosen."""
+    logits = logits / config.temperature
+    if 0 < config.top_k < logits.shape[-1]:
+        least = logits.topk(config.top_k).values[:, -1:]  # (B, 1)
+        logits = logits.masked_fill(logits < least, -torch.inf)
+    if config.top_p < 1:
+        ordered, ids = logits.sort(descending=True)
+        before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)  # (B, V), of all likelier tokens
+        # A token stays while those before it do not make up p: the likeliest always does.
+        outside = torch.zeros_like(before, dtype=torch.bool).scatter(-1, ids, before >= config.top_p)
+        logits = logits.masked_fill(outside, -torch.inf)
+    return logits
+
+
+def choose(logits: Tensor, config: SampleConfig, generator: torch.Generator) -> Tensor:
+    """Logits (B, V) to token ids (B,). Drawn on the CPU in float32: the same seed, the same text."""
+    if config.temperature == 0:
+        return logits.argmax(-1)
+    probs = filtered(logits.float().cpu(), config).softmax(-1)  # (B, V)
+    return torch.multinomial(probs, 1, generator=generator).squeeze(-1).to(logits.device)
+
+
+@torch.inference_mode()
+def generate(
+    model: Model, prompts: list[list[int]], config: SampleConfig, stop_ids: Collection[int]
+) -> Iterator[list[int | None]]:
+    """The next token of each prompt, step by step; None for a row that has ended.
+
+    A row ends with a token of `stop_ids`, which is not given out, after `max_new_tokens`, or at the model's
+    context length. Raises ValueError if a prompt is empty or fills the context.
+    """
+    longest, limit = max(map(len, prompts)), model.config.max_seq_len
+    if not all(prompts):
+        raise ValueError("a prompt needs at least one token")
+    if longest >= limit:
+        raise ValueError(f"the prompt has {longest} tokens, the model reads at most {limit} with its answer")
+    device = model.lm_head.weight.device
+    tokens = torch.tensor([p + [0] * (longest - len(p)) for p in prompts], device=device)  # (B, T)
+    ends = torch.tensor([len(prompt) for prompt in prompts], device=device)  # (B,)
+    rows = torch.arange(len(prompts), device=device)
+    n_new = min(config.max_new_tokens, limit - longest)
+    cache = KVCache(model.config, len(prompts), longest + n_new, model.lm_head.weight)
+    generator = torch.Generator().manual_seed(config.seed)
+    running = [True] * len(prompts)
+
+    cache.length = longest
+    positions = torch.arange(longest, device=device).expand_as(tokens)  # (B, T)
+    hidden, _ = model.hidden(tokens, positions, cache)
+    logits = model.lm_head(hidden[rows, ends - 1])  # (B, V)
+    for _ in range(n_new):
+        new = choose(logits, config, generator)  # (B,)
+        ids = new.tolist()
+        running = [alive and i not in stop_ids for alive, i in zip(running, ids, strict=True)]
+        if not any(running):
+            return
+        yield [i if alive else None for alive, i in zip(running, ids, strict=True)]
+        cache.length += 1
+        hidden, _ = model.hidden(new[:, None], ends[:, None], cache)  # (B, 1, D)
+        logits = model.lm_head(hidden[:, -1])
+        ends = ends + 1
+
+
+def complete(model: Model, tokenizer: Tokenizer, prompts: list[list[int]], config: SampleConfig) -> list[str]:
+    """The whole answers to a batch of prompts."""
+    answers: list[list[int]] = [[] for _ in prompts]
+    for step in generate(model, prompts, config, tokenizer.eos_ids):
+        for answer, token in zip(answers, step, strict=True):
+            if token is not None:
+                answer.append(token)
+    return [tokenizer.decode(answer) for answer in answers]

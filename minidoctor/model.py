@@ -1,0 +1,219 @@
+"""A Llama-type decoder whose linear layers can have LoRA experts.
+
+    x = x + attention(norm(x))          grouped-query, rotary positions, causal
+    x = x + feed_forward(norm(x))       SwiGLU: down(silu(gate(x)) * up(x))
+
+Parameter names are those of Hugging Face checkpoints (`model.layers.0.mlp.gate_proj.weight`), so loading needs
+no table. A sublayer with experts adds `router.*` and, in each adapted linear, `lora_a` and `lora_b`.
+
+RMSNorm: https://arxiv.org/abs/1910.07467. RoPE: https://arxiv.org/abs/2104.09864, section 3.4.2.
+GQA: https://arxiv.org/abs/2305.13245. SwiGLU: https://arxiv.org/abs/2002.05202.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minidoctor.config import TARGETS, AdapterConfig, ModelConfig
+from minidoctor.lora import LoRAExperts
+from minidoctor.router import Router, Routing
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight, in float32: the square of a bfloat16 activation has 8 bits left."""
+
+    def __init__(self, dim: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        x32 = x.float()
+        normed = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * normed.to(x.dtype)
+
+
+def rotary_table(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosines and sines (B, 1, T, C) of position * theta^(-2i/C): pair i of a head turns by that angle."""
+    exponents = torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim  # (C/2,)
+    angles = positions[:, None, :, None].float() * theta**-exponents  # (B, 1, T, C/2)
+    angles = torch.cat([angles, angles], dim=-1)  # (B, 1, T, C)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
+    """(B, H, T, C) -> same. Checkpoints in this layout pair dimension i with i + C/2, not with i + 1."""
+    cos, sin = table
+    first, second = x.chunk(2, dim=-1)  # (B, H, T, C/2) each
+    return x * cos + torch.cat([-second, first], dim=-1) * sin
+
+
+class KVCache:
+    """Keys and values of the positions computed so far, for each layer.
+
+    Each row of the batch has its own positions: row b writes at `positions[b]`. So prompts of different
+    lengths are padded on the right, and the tokens that follow overwrite the padding, which until then
+    lies in the future of every real token and is never seen.
+    """
+
+    def __init__(self, config: ModelConfig, batch_size: int, max_seq_len: int, like: Tensor):
+        shape = (config.n_layers, batch_size, config.n_kv_heads, max_seq_len, config.head_dim)
+        self.keys, self.values = like.new_zeros(shape), like.new_zeros(shape)
+        self.length = 0  # positions in use, of the longest row
+
+    def write(self, layer: int, positions: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Stores (B, G, T, C) at positions (B, T); returns all that is stored, (B, G, S, C)."""
+        rows = torch.arange(len(positions), device=positions.device)[:, None]  # (B, 1)
+        # Two indices around a slice put the indexed dimensions first: (B, T, G, C).
+        self.keys[layer][rows, :, positions] = keys.transpose(1, 2)
+        self.values[layer][rows, :, positions] = values.transpose(1, 2)
+        return self.keys[layer, :, :, : self.length], self.values[layer, :, :, : self.length]
+
+
+def linear(d_in: int, d_out: int, name: str, adapter: AdapterConfig | None) -> nn.Linear:
+    if adapter and name in adapter.targets:
+        return LoRAExperts(d_in, d_out, adapter.n_experts, adapter.rank, adapter.alpha)
+    return nn.Linear(d_in, d_out, bias=False)
+
+
+def router(dim: int, sublayer: str, adapter: AdapterConfig | None) -> Router | None:
+    """One router for all adapted linears of a sublayer."""
+    if adapter and any(TARGETS[target] == sublayer for target in adapter.targets):
+        return Router(dim, adapter.n_experts, adapter.top_k, adapter.routing_dim)
+    return None
+
+
+def apply(layer: nn.Linear, x: Tensor, routing: Routing | None) -> Tensor:
+    """A linear layer, with the routing's gates if it has experts."""
+    return layer(x, routing.gates) if isinstance(layer, LoRAExperts) and routing else layer(x)
+
+
+class Attention(nn.Module):
+    """Each of the H/G query heads of a group attends to the same keys and values."""
+
+    def __init__(self, config: ModelConfig, adapter: AdapterConfig | None, layer: int):
+        super().__init__()
+        self.layer, self.head_dim = layer, config.head_dim
+        d_q, d_kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
+        self.q_proj = linear(config.dim, d_q, "q_proj", adapter)
+        self.k_proj = linear(config.dim, d_kv, "k_proj", adapter)
+        self.v_proj = linear(config.dim, d_kv, "v_proj", adapter)
+        self.o_proj = linear(d_q, config.dim, "o_proj", adapter)
+        self.router = router(config.dim, "self_attn", adapter)
+
+    def forward(
+        self, x: Tensor, table: tuple[Tensor, Tensor], positions: Tensor, cache: KVCache | None
+    ) -> tuple[Tensor, Routing | None]:
+        """(B, T, D) -> (B, T, D) and the routing."""
+        routing = self.router(x) if self.router else None
+        q, k, v = (
+            apply(projection, x, routing).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )  # (B, H, T, C), (B, G, T, C), (B, G, T, C)
+        q, k = rotate(q, table), rotate(k, table)
+        mask = None
+        if cache:
+            k, v = cache.write(self.layer, positions, k, v)  # (B, G, S, C)
+            mask = positions[:, None, :, None] >= torch.arange(k.shape[2], device=x.device)  # (B, 1, T, S)
+        out = F.scaled_dot_product_attention(
+            q, k, v, mask, is_causal=mask is None, enable_gqa=True
+        )  # (B, H, T, C)
+        return apply(self.o_proj, out.transpose(1, 2).flatten(2), routing), routing  # (B, T, D)
+
+
+class FeedForward(nn.Module):
+    """SwiGLU. The three linears share one routing, made from the sublayer's input."""
+
+    def __init__(self, config: ModelConfig, adapter: AdapterConfig | None):
+        super().__init__()
+        self.gate_proj = linear(config.dim, config.ffn_dim, "gate_proj", adapter)
+        self.up_proj = linear(config.dim, config.ffn_dim, "up_proj", adapter)
+        self.down_proj = linear(config.ffn_dim, config.dim, "down_proj", adapter)
+        self.router = router(config.dim, "mlp", adapter)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Routing | None]:
+        """(B, T, D) -> (B, T, D) and the routing."""
+        routing = self.router(x) if self.router else None
+        hidden = F.silu(apply(self.gate_proj, x, routing)) * apply(self.up_proj, x, routing)  # (B, T, F)
+        return apply(self.down_proj, hidden, routing), routing  # (B, T, D)
+
+
+class Block(nn.Module):
+    def __init__(self, config: ModelConfig, adapter: AdapterConfig | None, layer: int):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.dim, config.norm_eps)
+        self.self_attn = Attention(config, adapter, layer)
+        self.post_attention_layernorm = RMSNorm(config.dim, config.norm_eps)
+        self.mlp = FeedForward(config, adapter)
+
+    def forward(
+        self, x: Tensor, table: tuple[Tensor, Tensor], positions: Tensor, cache: KVCache | None
+    ) -> tuple[Tensor, list[Routing]]:
+        """(B, T, D) -> (B, T, D) and the routings of the sublayers that have experts."""
+        attended, attention_routing = self.self_attn(self.input_layernorm(x), table, positions, cache)
+        x = x + attended
+        fed, routing = self.mlp(self.post_attention_layernorm(x))
+        return x + fed, [r for r in (attention_routing, routing) if r]
+
+
+class Decoder(nn.Module):
+    """Everything but the output layer. A module of its own because checkpoints call it `model`."""
+
+    def __init__(self, config: ModelConfig, adapter: AdapterConfig | None):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.dim)
+        self.layers = nn.ModuleList(Block(config, adapter, layer) for layer in range(config.n_layers))
+        self.norm = RMSNorm(config.dim, config.norm_eps)
+
+
+class Model(nn.Module):
+    """A causal language model. With an adapter everything but experts and routers is frozen."""
+
+    def __init__(self, config: ModelConfig, adapter: AdapterConfig | None = None):
+        super().__init__()
+        self.config, self.adapter = config, adapter
+        self.model = Decoder(config, adapter)
+        self.lm_head = nn.Linear(config.dim, config.vocab_size, bias=False)
+        if config.tied:
+            self.lm_head.weight = self.model.embed_tokens.weight
+        if adapter:
+            for name, parameter in self.named_parameters():
+                parameter.requires_grad_(is_adapter_name(name))
+
+    def hidden(
+        self, tokens: Tensor, positions: Tensor | None = None, cache: KVCache | None = None
+    ) -> tuple[Tensor, list[Routing]]:
+        """(B, T) -> (B, T, D), ready for `lm_head`, and one routing for each sublayer with experts.
+
+        `positions` (B, T) says where in each row the tokens stand; without it they are 0 ... T-1.
+        """
+        if positions is None:
+            positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)  # (B, T)
+        x = self.model.embed_tokens(tokens)  # (B, T, D)
+        table = rotary_table(positions, self.config.head_dim, self.config.rope_theta, x.dtype)
+        routings: list[Routing] = []
+        for layer in self.model.layers:
+            x, new = layer(x, table, positions, cache)
+            routings += new
+        return self.model.norm(x), routings
+
+    def forward(
+        self, tokens: Tensor, positions: Tensor | None = None, cache: KVCache | None = None
+    ) -> tuple[Tensor, list[Routing]]:
+        """(B, T) -> logits (B, T, V) and routings."""
+        hidden, routings = self.hidden(tokens, positions, cache)
+        return self.lm_head(hidden), routings
+
+
+def is_adapter_name(name: str) -> bool:
+    return ".router." in name or name.endswith((".lora_a", ".lora_b"))
+
+
+def adapter_state(model: Model) -> dict[str, Tensor]:
+    """Name to tensor of what fine-tuning trains."""
+    return {name: tensor for name, tensor in model.state_dict().items() if is_adapter_name(name)}
+
+
+def trained_weights(model: Model) -> dict[str, nn.Parameter]:
+    """Name to parameter of what is not frozen: the adapter's, or all of a model without one."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}

@@ -1,0 +1,117 @@
+"""Ask the model: one question from the command line, or a chat when none is given.
+
+    python sample.py --adapter out "What is the key test for gout?"
+    python sample.py --adapter out                     chat; /reset forgets it, /quit ends, Ctrl-C stops an answer
+    python sample.py --base DIR --raw "Once upon"      go on with a text, no chat format
+"""
+
+import argparse
+import contextlib
+import sys
+
+from minidoctor.checkpoint import load_adapted_model
+from minidoctor.config import SampleConfig, add_flags, choose_device, choose_dtype, from_flags, run
+from minidoctor.generate import generate
+from minidoctor.model import Model
+from minidoctor.tokenizer import TextStream, Tokenizer, load_tokenizer, printable
+from minidoctor.weights import load_model
+
+WARNING = "For teaching only. This is not medical advice; ask a doctor."
+
+
+def stream(model: Model, tokenizer: Tokenizer, prompt: list[int], config: SampleConfig) -> str:
+    """Prints the answer as it comes and returns it; Ctrl-C ends it early."""
+    text = TextStream(tokenizer)
+    answer = ""
+    with contextlib.suppress(KeyboardInterrupt):
+        for (token,) in generate(model, [prompt], config, tokenizer.eos_ids):
+            if token is not None:
+                new = text.push(token)
+                answer += new
+                print(printable(new), end="", flush=True)
+    rest = text.rest()
+    print(printable(rest))
+    return answer + rest
+
+
+def chat(model: Model, tokenizer: Tokenizer, config: SampleConfig) -> None:
+    """Questions and answers until /quit or the end of the input; each question is asked with what was said."""
+    with contextlib.suppress(ImportError):  # line editing and history, where the system has it
+        import readline  # noqa: F401
+    print("Ask a question. /reset forgets the conversation, /quit ends, Ctrl-C stops an answer.")
+    messages: list[dict[str, str]] = []
+    while True:
+        try:
+            question = input("> ").strip()
+        except KeyboardInterrupt:
+            print()
+            continue
+        except EOFError:
+            print()
+            return
+        if question == "/quit":
+            return
+        if question == "/reset":
+            messages = []
+            print("(forgotten)")
+        elif question.startswith("/"):
+            print(f"no such command: {question.split()[0]}; there are /reset and /quit")
+        elif question:
+            messages.append({"role": "user", "content": question})
+            messages, dropped = fitting(messages, tokenizer, model.config.max_seq_len - 1)
+            if dropped:
+                print(f"({dropped} earlier messages no longer fit and are forgotten)")
+            try:
+                answer = stream(model, tokenizer, tokenizer.chat(messages), config)
+            except ValueError as error:
+                print(error)
+                messages.pop()
+            else:
+                messages.append({"role": "assistant", "content": answer})
+
+
+def fitting(
+    messages: list[dict[str, str]], tokenizer: Tokenizer, limit: int
+) -> tuple[list[dict[str, str]], int]:
+    """The latest messages that leave half of the context for the answer, from a question on, and how many went."""
+    kept = messages
+    while len(kept) > 1 and len(tokenizer.chat(kept)) > limit // 2:
+        kept = kept[2:]
+    return kept, len(messages) - len(kept)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("question", nargs="?", metavar="QUESTION", help="(none: a chat)")
+    parser.add_argument("--base", default="data/base", help="checkpoint directory (default data/base)")
+    parser.add_argument("--adapter", help="directory that train.py wrote (default: the base alone)")
+    parser.add_argument("--raw", action="store_true", help="go on with QUESTION as text, without a chat format")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default auto)")
+    parser.add_argument("--dtype", default="auto", help="auto, float32 or bfloat16 (default auto)")
+    add_flags(parser, SampleConfig)
+    given = parser.parse_args()
+    config = from_flags(SampleConfig, vars(given))
+    if given.raw and given.question is None:
+        raise ValueError('--raw needs a text to go on with (it may be empty: --raw "")')
+    if given.question is not None and not given.question.strip() and not given.raw:
+        raise ValueError("the question is empty")
+    device = choose_device(given.device)
+    dtype = choose_dtype(given.dtype, device)
+    tokenizer = load_tokenizer(given.base)
+    if given.adapter:
+        model = load_adapted_model(given.base, given.adapter, dtype, device)
+    else:
+        model = load_model(given.base, dtype, device)
+    if given.raw:
+        stream(model, tokenizer, [tokenizer.bos_id, *tokenizer.encode(given.question)], config)
+        return
+    print(WARNING, file=sys.stderr)
+    if given.question is None:
+        chat(model, tokenizer, config)
+    else:
+        messages = [{"role": "user", "content": given.question}]
+        stream(model, tokenizer, tokenizer.chat(messages), config)
+
+
+if __name__ == "__main__":
+    run(main)

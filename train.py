@@ -1,0 +1,407 @@
+"""Fine-tune a mixture of LoRA experts on a frozen base model.
+
+    python train.py                                     the shipped base and questions: minutes on a laptop
+    python train.py --base DIR --data FILE --eval FILE --out DIR
+    python train.py --out DIR --resume                  go on after Ctrl-C or a crash
+
+One step:
+
+    tokens -> model -> hidden, routings -> lm loss on the answer positions only
+                            |-> load balance      |-> contrastive routing loss <- expert queue
+    backward -> clip -> optimizer step -> queue.enqueue(routings)
+"""
+
+import argparse
+import dataclasses
+import hashlib
+import itertools
+import json
+import math
+import resource
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from minidoctor.checkpoint import (
+    ADAPTER,
+    STATE,
+    load_into,
+    read_adapter_config,
+    read_run,
+    save_adapter_config,
+    save_training_state,
+    training_tensors,
+)
+from minidoctor.config import (
+    AdapterConfig,
+    TrainConfig,
+    add_flags,
+    choose_device,
+    choose_dtype,
+    from_flags,
+    run,
+)
+from minidoctor.data import Batch, Batches, Example, collate, encode, read_rows
+from minidoctor.evaluate import evaluate, table
+from minidoctor.expert_queue import ExpertQueue
+from minidoctor.losses import contrastive_routing_loss, language_model_loss, load_balance_loss
+from minidoctor.model import Model, adapter_state, trained_weights
+from minidoctor.router import Router
+from minidoctor.tokenizer import load_tokenizer
+from minidoctor.weights import load_model, write_atomically, write_json, write_tensors
+
+
+def learning_rate(step: int, config: TrainConfig) -> float:
+    """Linear warm-up to the peak, then half a cosine down to a tenth of it."""
+    if step < config.warmup:
+        return config.lr * (step + 1) / config.warmup
+    progress = (step - config.warmup) / max(1, config.steps - config.warmup)
+    return config.lr * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def make_optimizer(model: Model, config: TrainConfig) -> torch.optim.Optimizer:
+    """AdamW over what is not frozen, updated by one fused kernel where the device has one."""
+    trained = list(trained_weights(model).values())
+    fused = trained[0].device.type in ("cpu", "cuda")
+    optimizer = torch.optim.AdamW(
+        trained, lr=config.lr, betas=(0.9, 0.95), weight_decay=config.weight_decay, fused=fused
+    )
+    # Made here and not by the first step, so that a saved state can be copied into it at any step.
+    for p in trained:
+        step = torch.zeros((), device=p.device if fused else "cpu")
+        optimizer.state[p] = {"step": step, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+    return optimizer
+
+
+class Figures(NamedTuple):
+    """What one step reports. Tensors stay on the device: reading one would make the CPU wait for it."""
+
+    losses: dict[str, Tensor]  # the weighted total as "loss", and its parts
+    load: Tensor  # (L, E), share of the anchors' first choices that fell on each expert
+    grad_norm: Tensor
+    lr: float
+    n_tokens: int
+
+
+def train_step(
+    model: Model,
+    optimizer: torch.optim.Optimizer,
+    queue: ExpertQueue | None,
+    parts: list[Batch],
+    step: int,
+    config: TrainConfig,
+) -> Figures:
+    """One optimizer step on a batch given in parts; the language-model gradient is that of the whole batch.
+
+    (Load balance and contrast are not sums over tokens: with several parts they are means over the parts.)
+    """
+    device = model.lm_head.weight.device
+    # A generator for each step: what it draws does not depend on what ran before, so nothing need be saved.
+    generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
+    n_answers = sum(len(batch.answers) for batch in parts)
+    warm = min(1.0, (step + 1) / max(1, config.contrast_warmup))
+    weights = {"lm": 1.0, "balance": config.balance_weight, "contrast": config.contrast_weight * warm}
+    losses = {"loss": torch.zeros((), device=device)}
+    served: list[tuple[Tensor, Tensor]] = []  # routing vectors and first choices of the anchors
+
+    for batch in parts:
+        order = torch.randperm(len(batch.answers), generator=generator)
+        anchors = batch.answers[order[: max(1, config.n_anchors // len(parts))]].to(device)  # (n,)
+        batch = Batch(*(tensor.to(device, non_blocking=True) for tensor in batch))
+        hidden, routings = model.hidden(batch.tokens)  # (B, T, D), L routings
+        lm = language_model_loss(hidden, model.lm_head.weight, batch.targets, batch.answers)
+        new = {"lm": lm / n_answers}
+        if routings:
+            balance = [load_balance_loss(r.probs, r.expert_ids, batch.real) for r in routings]
+            new["balance"] = torch.stack(balance).mean() / len(parts)
+            z, gates, expert_ids = (
+                torch.stack([tensor.flatten(0, 1)[anchors] for tensor in tensors])
+                for tensors in zip(*((r.z, r.gates, r.expert_ids[..., 0]) for r in routings), strict=True)
+            )  # (L, n, Z), (L, n, E), (L, n)
+            served.append((z.detach(), expert_ids))
+            if queue:
+                contrast = contrastive_routing_loss(
+                    z, gates, queue.keys, queue.filled(), config.contrast_temperature
+                )
+                new["contrast"] = contrast / len(parts)
+        total = torch.stack([weights[name] * loss for name, loss in new.items()]).sum()
+        total.backward()
+        for name, loss in {"loss": total, **new}.items():
+            losses[name] = losses.get(name, 0.0) + loss.detach()
+
+    trained = optimizer.param_groups[0]["params"]
+    grad_norm = torch.nn.utils.clip_grad_norm_(trained, config.clip)
+    lr = learning_rate(step, config)
+    optimizer.param_groups[0]["lr"] = lr
+    optimizer.step()
+    optimizer.zero_grad()
+    load = torch.zeros(0, 0, device=device)
+    if served:
+        z, expert_ids = (torch.cat(tensors, dim=1) for tensors in zip(*served, strict=True))
+        load = torch.nn.functional.one_hot(expert_ids, model.adapter.n_experts).float().mean(1)  # (L, E)
+        if queue:  # only now: a token must not meet itself among the keys
+            queue.enqueue(z, expert_ids, config.queue_share)
+    n_tokens = sum(int(batch.real.sum()) for batch in parts)
+    return Figures(losses, load, grad_norm, lr, n_tokens)
+
+
+def parts_of(examples: list[Example], n: int) -> list[Batch]:
+    """A batch in at most n parts of equal size; longest together, so that the parts are as short as can be."""
+    ordered = sorted(examples, key=lambda example: len(example.tokens))
+    size = math.ceil(len(ordered) / n)
+    return [collate(ordered[i : i + size]) for i in range(0, len(ordered), size)]
+
+
+class Log:
+    """`metrics.jsonl`, a row a step, and the line that people read.
+
+    Steps are kept as tensors until `flush`, so that logging does not hold up the GPU at every step.
+    """
+
+    def __init__(self, out: Path, step: int):
+        self.path = out / "metrics.jsonl"
+        self.waiting: list[tuple[int, Figures, float]] = []
+        # After a crash the file may be ahead of the saved state: those steps will be written again.
+        kept = self.path.read_bytes().splitlines(keepends=True)[:step] if step else []
+        write_atomically(self.path, *kept)
+
+    def add(self, step: int, figures: Figures, seconds: float) -> None:
+        self.waiting.append((step, figures, seconds))
+
+    def flush(self) -> tuple[str, list[list[float]]]:
+        """Writes what waits; returns the line of the last step and the mean expert load (L, E) since the last.
+
+        Raises FloatingPointError at the first step whose loss or gradient is not finite.
+        """
+        rows = []
+        for step, figures, seconds in self.waiting:
+            row = {"step": step, **{name: loss.item() for name, loss in figures.losses.items()}}
+            row |= {"grad_norm": figures.grad_norm.item(), "lr": figures.lr}
+            row |= {"tokens": figures.n_tokens, "seconds": seconds}
+            if bad := [name for name, value in row.items() if not math.isfinite(value)]:
+                values = ", ".join(f"{name} {row[name]:.4g}" for name in figures.losses)
+                raise FloatingPointError(
+                    f"step {step}: {', '.join(bad)} not finite ({values}); try a lower --lr"
+                )
+            rows.append(row)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+        load = torch.stack([figures.load for _, figures, _ in self.waiting]).mean(0)
+        self.waiting.clear()
+        names = [name for name in ("loss", "lm", "balance", "contrast") if name in rows[-1]]
+        parts = [f"{name} {sum(row[name] for row in rows) / len(rows):.3f}" for name in names]
+        speed = sum(row["tokens"] for row in rows) / sum(row["seconds"] for row in rows)
+        parts += [f"lr {rows[-1]['lr']:.1e}", f"{speed:,.0f} tok/s", f"{peak_memory_gib():.2f} GiB"]
+        if load.numel():
+            parts.append(f"load {load.min():.0%}-{load.max():.0%} of {1 / load.shape[1]:.0%}")
+        return f"step {rows[-1]['step'] + 1:5d}  " + "  ".join(parts), load.tolist()
+
+
+def peak_memory_gib() -> float:
+    """The most memory this process has held: on the GPU if there is one, else in all."""
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        return torch.cuda.max_memory_allocated() / 2**30
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+class Stop:
+    """Ctrl-C, or a polite kill, asks to stop after the running step; a second one stops at once."""
+
+    asked = False
+
+    def __enter__(self) -> "Stop":
+        self.before = {s: signal.signal(s, self.ask) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def ask(self, number: int, frame: object) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+
+
+def make_queue(model: Model, config: TrainConfig) -> ExpertQueue | None:
+    """None where there is nothing to contrast: one expert, or no weight on the loss."""
+    adapter = model.adapter
+    if not adapter or adapter.n_experts == 1 or not config.contrast_weight:
+        return None
+    n_layers = sum(isinstance(module, Router) for module in model.modules())
+    queue = ExpertQueue(n_layers, adapter.n_experts, config.queue_capacity, adapter.routing_dim)
+    return queue.to(model.lm_head.weight.device)
+
+
+def save(
+    out: Path,
+    model: Model,
+    optimizer: torch.optim.Optimizer,
+    queue: ExpertQueue | None,
+    state: dict[str, Any],
+) -> None:
+    save_training_state(out, training_tensors(trained_weights(model), optimizer, queue), state)
+    write_tensors(out / ADAPTER, adapter_state(model), {"format": "pt"})
+
+
+def restore(
+    out: Path,
+    model: Model,
+    optimizer: torch.optim.Optimizer,
+    queue: ExpertQueue | None,
+    state: dict[str, Any],
+    digest: str,
+) -> None:
+    """Raises ValueError if the base or the data is not what the run was started with."""
+    read_adapter_config(out, state["config"]["base"])
+    if state["data"] != digest:
+        raise ValueError(f"{state['config']['data']}: has changed since the run in {out} was started")
+    load_into(training_tensors(trained_weights(model), optimizer, queue), out / STATE)
+
+
+def describe(
+    model: Model,
+    queue: ExpertQueue | None,
+    examples: list[Example],
+    config: TrainConfig,
+    state: dict[str, Any],
+) -> str:
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in model.parameters())
+    lines = [
+        f"{config.base}: {total - trained:,} frozen weights, {trained:,} trained",
+        f"{config.data}: {len(examples):,} examples, {config.steps * config.batch_size / len(examples):.1f} epochs",
+    ]
+    if queue:
+        kib = sum(buffer.numel() * buffer.element_size() for buffer in queue.buffers()) / 1024
+        lines.append(f"expert queue: {kib:,.0f} KiB, whatever the batch and the length")
+    if state["step"]:
+        lines.append(f"going on after step {state['step']}")
+    return "\n".join(lines)
+
+
+def start_or_resume(given: dict[str, Any]) -> tuple[TrainConfig, AdapterConfig, dict[str, Any]]:
+    """The configuration, and the run so far (empty for a new one). Raises FileNotFoundError or ValueError."""
+    if not given.get("resume"):
+        config, adapter = from_flags(TrainConfig, given), from_flags(AdapterConfig, given)
+        if (Path(config.out) / STATE).exists():
+            raise ValueError(
+                f"{config.out}: holds a run already; --resume goes on with it, another --out starts a new one"
+            )
+        return config, adapter, {}
+    out = given.get("out", TrainConfig.out)
+    state = read_run(Path(out))
+    stored = state["config"] | state["adapter"] | {"out": out, "resume": True}
+    stored["targets"] = tuple(stored["targets"])
+    for name, value in given.items():
+        if stored[name] != value:
+            raise ValueError(f"--resume: {name} is {value}, the run in {out} was started with {stored[name]}")
+    return from_flags(TrainConfig, stored), from_flags(AdapterConfig, stored), state
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_flags(parser, TrainConfig)
+    add_flags(parser, AdapterConfig)
+    config, adapter, state = start_or_resume(vars(parser.parse_args()))
+    train(config, adapter, state)
+
+
+def train(config: TrainConfig, adapter: AdapterConfig, state: dict[str, Any]) -> None:
+    """A run from its start, or from `state`, to its report."""
+    device, out = choose_device(config.device), Path(config.out)
+    torch.manual_seed(config.seed)  # of the experts' first values
+    tokenizer = load_tokenizer(config.base)
+    model = load_model(config.base, choose_dtype(config.dtype, device), device, adapter)
+    examples = [encode(row.messages, tokenizer, config.max_seq_len) for row in read_rows(config.data)]
+    eval_rows = read_rows(config.eval) if config.eval else []
+    batches = Batches(examples, config.batch_size, config.seed)
+    optimizer, queue = make_optimizer(model, config), make_queue(model, config)
+    digest = hashlib.sha256(Path(config.data).read_bytes()).hexdigest()
+    if state:
+        restore(out, model, optimizer, queue, state, digest)
+    else:
+        save_adapter_config(out, config.base, adapter)
+        state = {"step": 0, "seconds": 0.0, "tokens": 0, "load": [], "eval_before": None}
+        state |= {
+            "config": dataclasses.asdict(config),
+            "adapter": dataclasses.asdict(adapter),
+            "data": digest,
+        }
+        save(out, model, optimizer, queue, state)
+    print(describe(model, queue, examples, config, state))
+    if eval_rows and state["eval_before"] is None:
+        state["eval_before"] = evaluate(model, tokenizer, eval_rows)["summary"]
+        save(out, model, optimizer, queue, state)
+        print(table(state["eval_before"]))
+
+    if not fit(model, optimizer, queue, batches, config, state):
+        print(
+            f"stopped and saved after step {state['step']}; go on with: python train.py --out {out} --resume"
+        )
+        return
+    eval_after = evaluate(model, tokenizer, eval_rows)["summary"] if eval_rows else None
+    report = {
+        "eval_before": state["eval_before"],
+        "eval_after": eval_after,
+        "steps": state["step"],
+        "seconds": state["seconds"],
+        "tokens_per_second": state["tokens"] / state["seconds"],
+        "peak_memory_gib": peak_memory_gib(),
+        "trained_weights": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "expert_load": state["load"],
+        "config": state["config"],
+        "adapter": state["adapter"],
+    }
+    write_json(out / "report.json", report)
+    if eval_after:
+        print(f"before\n{table(report['eval_before'])}\nafter\n{table(eval_after)}")
+    print(f"{out}/report.json   ask it: python sample.py --base {config.base} --adapter {out}")
+
+
+def fit(
+    model: Model,
+    optimizer: torch.optim.Optimizer,
+    queue: ExpertQueue | None,
+    batches: Batches,
+    config: TrainConfig,
+    state: dict[str, Any],
+) -> bool:
+    """Trains from `state["step"]` to the last step, logging and saving; False if it was asked to stop before."""
+    out, start = Path(config.out), time.perf_counter()
+    log = Log(out, state["step"])
+    model.train()
+    with Stop() as stop, tqdm(total=config.steps, initial=state["step"], desc="training") as progress:
+        for examples in itertools.islice(batches.starting_at(state["step"]), config.steps - state["step"]):
+            figures = train_step(
+                model, optimizer, queue, parts_of(examples, config.accumulate), state["step"], config
+            )
+            seconds, start = time.perf_counter() - start, time.perf_counter()
+            log.add(state["step"], figures, seconds)
+            state |= {"step": state["step"] + 1, "seconds": state["seconds"] + seconds}
+            state["tokens"] += figures.n_tokens
+            progress.update()
+            last = state["step"] == config.steps or stop.asked
+            saving = last or state["step"] % config.save_every == 0
+            if saving or state["step"] % config.log_every == 0:
+                line, state["load"] = log.flush()  # before saving: what is not finite is never saved
+                progress.write(line)
+            if saving:
+                save(out, model, optimizer, queue, state)
+            if stop.asked:
+                break
+    model.eval()
+    return state["step"] == config.steps
+
+
+if __name__ == "__main__":
+    run(main)
