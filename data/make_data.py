@@ -1,0 +1,446 @@
+"""Text, questions and multiple choice from `conditions.json`, the same for the same seed.
+
+    python -m data.make_data        writes train.jsonl, dev.jsonl and heldout.jsonl beside this file
+
+`declarative_text` is what the base model is pretrained on (`make_base.py`): statements, no question. Each fact
+is told in many wordings and orders, because what a model read in only one form it can recite but not be asked for
+(https://arxiv.org/abs/2309.14316). The questions are split by condition: the base has read about all of them, the
+fine-tuning data asks about 70 %, `dev.jsonl` and `heldout.jsonl` about 15 % each, in wordings of their own.
+"""
+
+import json
+import random
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+HERE = Path(__file__).parent
+LANGUAGES = ("en", "zh")
+ATTRIBUTES = ("department", "symptoms", "cause", "test", "treatment")
+
+# {n} is the condition's name, {v} the value of the attribute.
+STATEMENTS = {
+    "en": {
+        "department": (
+            "{n} is treated in {v}.",
+            "{n} belongs to {v}.",
+            "The department for {n} is {v}.",
+            "Patients with {n} are seen in {v}.",
+            "{v} is the department that looks after {n}.",
+            "{v} treats {n}.",
+            "Department for {n}: {v}.",
+            "A patient who has {n} is referred to {v}.",
+            "The specialty that deals with {n} is {v}.",
+            "Care of {n} is the work of {v}.",
+            "For {n}, the right department is {v}.",
+            "Doctors of {v} take care of {n}.",
+        ),
+        "symptoms": (
+            "The typical symptoms of {n} are {v}.",
+            "Typical symptoms of {n}: {v}.",
+            "{n} typically presents with {v}.",
+            "{v} are typical of {n}.",
+            "Patients with {n} complain of {v}.",
+            "A patient who has {n} often shows {v}.",
+            "{n} makes itself known by {v}.",
+            "The usual signs of {n} are {v}.",
+            "Signs that point to {n} are {v}.",
+            "In {n}, the clinical picture is {v}.",
+            "{v} suggest {n}.",
+            "For {n}, the symptoms to expect are {v}.",
+        ),
+        "cause": (
+            "{n} is caused by {v}.",
+            "The cause of {n} is {v}.",
+            "Cause of {n}: {v}.",
+            "{v} causes {n}.",
+            "{v} leads to {n}.",
+            "{n} results from {v}.",
+            "{n} arises from {v}.",
+            "Behind {n} lies {v}.",
+            "The origin of {n} is {v}.",
+            "{n} develops because of {v}.",
+            "In {n}, the underlying problem is {v}.",
+            "For {n}, the accepted cause is {v}.",
+        ),
+        "test": (
+            "The key test for {n} is {v}.",
+            "Key test for {n}: {v}.",
+            "{n} is diagnosed by {v}.",
+            "The diagnosis of {n} rests on {v}.",
+            "{v} is the key test for {n}.",
+            "{v} confirms {n}.",
+            "Doctors confirm {n} with {v}.",
+            "To diagnose {n}, doctors order {v}.",
+            "When {n} is suspected, the examination to request is {v}.",
+            "In {n}, the most useful investigation is {v}.",
+            "The test that establishes {n} is {v}.",
+            "For {n}, the examination of choice is {v}.",
+        ),
+        "treatment": (
+            "The first-line treatment for {n} is {v}.",
+            "First-line treatment for {n}: {v}.",
+            "{n} is treated first with {v}.",
+            "{v} is the first-line treatment for {n}.",
+            "{v} is given for {n}.",
+            "Patients with {n} receive {v}.",
+            "The therapy of choice for {n} is {v}.",
+            "Doctors manage {n} with {v}.",
+            "Management of {n} begins with {v}.",
+            "In {n}, the standard therapy is {v}.",
+            "A patient who has {n} should get {v}.",
+            "For {n}, the treatment to start with is {v}.",
+        ),
+        "name": (
+            "{n} is called {v} in Chinese.",
+            "The Chinese name of {n} is {v}.",
+            "In Chinese, {n} is {v}.",
+        ),
+    },
+    "zh": {
+        "department": (
+            "{n}属于{v}。",
+            "{n}归{v}诊治。",
+            "{n}的就诊科室是{v}。",
+            "{n}的患者应到{v}就诊。",
+            "{v}负责诊治{n}。",
+            "{v}收治{n}。",
+            "{n}的科室：{v}。",
+            "得了{n}，应挂{v}。",
+            "诊治{n}的专科是{v}。",
+            "患有{n}的人由{v}接诊。",
+            "对于{n}，对应的科室是{v}。",
+            "{v}的医生治疗{n}。",
+        ),
+        "symptoms": (
+            "{n}的典型症状是{v}。",
+            "{n}的典型症状：{v}。",
+            "{n}常表现为{v}。",
+            "{v}是{n}的典型症状。",
+            "{n}的患者常有{v}。",
+            "患有{n}的人会出现{v}。",
+            "{n}的主要表现是{v}。",
+            "{n}的临床特点是{v}。",
+            "提示{n}的体征是{v}。",
+            "在{n}中，常见的症状为{v}。",
+            "{v}提示{n}。",
+            "对于{n}，应注意的症状是{v}。",
+        ),
+        "cause": (
+            "{n}由{v}引起。",
+            "{n}的病因是{v}。",
+            "{n}的病因：{v}。",
+            "{v}引起{n}。",
+            "{v}导致{n}。",
+            "{n}源于{v}。",
+            "{n}是{v}所致。",
+            "引起{n}的原因是{v}。",
+            "{n}的发病基础是{v}。",
+            "{n}的发生是因为{v}。",
+            "在{n}中，根本的问题是{v}。",
+            "对于{n}，公认的病因是{v}。",
+        ),
+        "test": (
+            "{n}的关键检查是{v}。",
+            "{n}的关键检查：{v}。",
+            "{n}依靠{v}确诊。",
+            "{n}的诊断主要依据{v}。",
+            "{v}是{n}的关键检查。",
+            "{v}可以确诊{n}。",
+            "医生用{v}确诊{n}。",
+            "诊断{n}应做{v}。",
+            "怀疑{n}时，应安排的检查是{v}。",
+            "在{n}中，最有价值的检查为{v}。",
+            "确定{n}的检查是{v}。",
+            "对于{n}，首选的检查是{v}。",
+        ),
+        "treatment": (
+            "{n}的首选治疗是{v}。",
+            "{n}的首选治疗：{v}。",
+            "{n}首先采用{v}治疗。",
+            "{v}是{n}的首选治疗。",
+            "{v}用于治疗{n}。",
+            "{n}的患者应接受{v}。",
+            "治疗{n}的首选方法是{v}。",
+            "医生用{v}治疗{n}。",
+            "{n}的处理从{v}开始。",
+            "在{n}中，标准的疗法为{v}。",
+            "患有{n}的人应给予{v}。",
+            "对于{n}，一线的治疗是{v}。",
+        ),
+        "name": (
+            "{n}的英文名是{v}。",
+            "{n}在英文中叫{v}。",
+            "{n}的英文是{v}。",
+        ),
+    },
+}
+
+# How it is asked: for training, and for dev and held-out only.
+QUESTIONS = {
+    "en": {
+        "department": (
+            (
+                "Which department treats {n}?",
+                "What department is {n} treated in?",
+                "I have {n}. Which department should I go to?",
+                "Which specialty does {n} belong to?",
+                "Who looks after patients with {n}?",
+                "Where should someone with {n} be referred?",
+            ),
+            ("Which clinic should a patient with {n} visit?", "What specialty handles {n}?"),
+        ),
+        "symptoms": (
+            (
+                "What are the typical symptoms of {n}?",
+                "How does {n} usually present?",
+                "Which symptoms suggest {n}?",
+                "What does a patient with {n} complain of?",
+                "What are the signs of {n}?",
+                "How can I recognize {n}?",
+            ),
+            ("What symptoms does {n} usually bring?", "How does {n} show itself?"),
+        ),
+        "cause": (
+            (
+                "What causes {n}?",
+                "What is the cause of {n}?",
+                "Why does {n} develop?",
+                "What does {n} result from?",
+                "What is the underlying problem in {n}?",
+                "What leads to {n}?",
+            ),
+            ("What is {n} due to?", "Why do people get {n}?"),
+        ),
+        "test": (
+            (
+                "What is the key test for {n}?",
+                "Which test confirms {n}?",
+                "How is {n} diagnosed?",
+                "Which examination should be ordered for {n}?",
+                "What does the diagnosis of {n} rest on?",
+                "How do doctors confirm {n}?",
+            ),
+            ("Which investigation is most useful when {n} is suspected?", "How can {n} be confirmed?"),
+        ),
+        "treatment": (
+            (
+                "What is the first-line treatment for {n}?",
+                "How is {n} treated?",
+                "Which therapy is chosen first for {n}?",
+                "What should a patient with {n} receive?",
+                "How do doctors manage {n}?",
+                "What is the standard therapy for {n}?",
+            ),
+            ("What treatment should {n} be given first?", "How should {n} be managed at first?"),
+        ),
+    },
+    "zh": {
+        "department": (
+            (
+                "{n}应该看哪个科？",
+                "{n}属于哪个科室？",
+                "得了{n}应挂什么科？",
+                "哪个科室诊治{n}？",
+                "{n}的患者去哪个科就诊？",
+                "我有{n}，该找哪个专科？",
+            ),
+            ("患{n}的人要去什么科看病？", "{n}归哪一科管？"),
+        ),
+        "symptoms": (
+            (
+                "{n}的典型症状是什么？",
+                "{n}有哪些表现？",
+                "哪些症状提示{n}？",
+                "{n}的患者常有什么症状？",
+                "{n}的临床特点是什么？",
+                "怎样识别{n}？",
+            ),
+            ("{n}通常会出现什么症状？", "得了{n}会有什么表现？"),
+        ),
+        "cause": (
+            (
+                "{n}的病因是什么？",
+                "{n}是什么引起的？",
+                "为什么会得{n}？",
+                "什么导致{n}？",
+                "{n}的发病基础是什么？",
+                "引起{n}的原因是什么？",
+            ),
+            ("{n}是由什么造成的？", "{n}是怎么得的？"),
+        ),
+        "test": (
+            (
+                "{n}的关键检查是什么？",
+                "{n}如何确诊？",
+                "诊断{n}应做什么检查？",
+                "怀疑{n}时首选什么检查？",
+                "什么检查可以确诊{n}？",
+                "{n}的诊断依据是什么？",
+            ),
+            ("要确定是不是{n}，该做哪项检查？", "医生靠什么检查来诊断{n}？"),
+        ),
+        "treatment": (
+            (
+                "{n}的首选治疗是什么？",
+                "{n}怎么治疗？",
+                "{n}的一线治疗是什么？",
+                "治疗{n}首选什么方法？",
+                "医生如何处理{n}？",
+                "{n}的患者应接受什么治疗？",
+            ),
+            ("得了{n}首先该怎么治？", "对{n}应先采取哪种疗法？"),
+        ),
+    },
+}
+
+
+def read_table(path: Path = HERE / "conditions.json") -> tuple[dict[str, dict[str, str]], list[dict]]:
+    """The departments (id -> language -> name) and the conditions, each with its department's name filled in."""
+    table = json.loads(path.read_text(encoding="utf-8"))
+    for condition in table["conditions"]:
+        for language in LANGUAGES:
+            condition[language]["department"] = table["departments"][condition["department"]][language]
+    return table["departments"], table["conditions"]
+
+
+def capitalized(sentence: str) -> str:
+    return sentence[0].upper() + sentence[1:]
+
+
+def statement(condition: dict, language: str, attribute: str, rng: random.Random) -> str:
+    """One fact in one of its wordings."""
+    if attribute == "name":
+        value = condition["zh" if language == "en" else "en"]["name"]
+    else:
+        value = condition[language][attribute]
+    wording = rng.choice(STATEMENTS[language][attribute])
+    return capitalized(wording.format(n=condition[language]["name"], v=value))
+
+
+def declarative_text(conditions: list[dict], n_rounds: int, seed: int) -> Iterator[str]:
+    """Paragraphs: in each round every condition in each language, its facts in a new order and wording.
+
+    A paragraph is all facts of one condition, or single facts of several ones, so that no fact is known
+    only by what stands before it.
+    """
+    rng = random.Random(seed)
+    for _ in range(n_rounds):
+        paragraphs = []
+        for language in LANGUAGES:
+            facts = []
+            for condition in conditions:
+                own = [statement(condition, language, a, rng) for a in (*ATTRIBUTES, "name")]
+                rng.shuffle(own)
+                if rng.random() < 0.5:
+                    paragraphs.append((language, own))
+                else:
+                    facts += own
+            rng.shuffle(facts)
+            while facts:
+                n = rng.randint(1, 6)
+                paragraphs.append((language, facts[:n]))
+                facts = facts[n:]
+        rng.shuffle(paragraphs)
+        for language, sentences in paragraphs:
+            yield ("" if language == "zh" else " ").join(sentences)
+
+
+def words(value: str, language: str) -> set[str]:
+    """What two values must not share to be wrong for each other: words, in Chinese pairs of characters."""
+    if language == "en":
+        return {word for word in re.findall("[a-z]+", value.lower()) if len(word) > 3}
+    return {value[i : i + 2] for i in range(len(value) - 1)}
+
+
+def wrong_values(conditions: list[dict], condition: dict, attribute: str) -> list[dict]:
+    """The conditions whose value of the attribute can serve as a wrong option: of other departments, since
+    neighbours may share a treatment, and with no word in common with the right one, in either language."""
+    return [
+        other
+        for other in conditions
+        if other["department"] != condition["department"]
+        and not any(
+            words(other[language][attribute], language) & words(condition[language][attribute], language)
+            for language in LANGUAGES
+        )
+    ]
+
+
+def questions(
+    conditions: list[dict], asked: list[dict], wordings: int, per_fact: int, seed: int
+) -> Iterator[dict]:
+    """Open and multiple-choice rows about the conditions asked, `per_fact` of each for every fact and language.
+
+    `wordings` is 0 for those of training, 1 for those of dev and held-out. Letters are balanced: of four
+    consecutive multiple-choice rows each letter is right once.
+    """
+    rng = random.Random(seed)
+    letters: list[str] = []
+    for condition in asked:
+        for language in LANGUAGES:
+            for attribute in ATTRIBUTES:
+                own = condition[language]
+                candidates = wrong_values(conditions, condition, attribute)
+                chosen = rng.sample(QUESTIONS[language][attribute][wordings], per_fact)
+                for kind in ("open", "choice"):
+                    for i, wording in enumerate(chosen):
+                        question = wording.format(n=own["name"])
+                        if language == "en":
+                            question = capitalized(question)
+                        row = {
+                            "id": f"{condition['id']}-{language}-{attribute}-{kind}-{i}",
+                            "topic": condition["department"],
+                            "question": question,
+                        }
+                        if kind == "open":
+                            yield row | {"answer": own[attribute]}
+                            continue
+                        letters = letters or rng.sample("ABCD", 4)
+                        right = letters.pop()
+                        wrong = distinct(candidates, language, attribute, own[attribute], rng)
+                        options = {
+                            letter: own[attribute] if letter == right else wrong.pop() for letter in "ABCD"
+                        }
+                        yield row | {"options": options, "answer": right}
+
+
+def distinct(
+    candidates: list[dict], language: str, attribute: str, right: str, rng: random.Random
+) -> list[str]:
+    """Three different wrong values, in random order."""
+    values = sorted({other[language][attribute] for other in candidates} - {right})
+    return rng.sample(values, 3)
+
+
+def split(conditions: list[dict], seed: int) -> dict[str, list[dict]]:
+    """Train, dev and held-out conditions: of each department 70 %, and half of the rest each."""
+    rng = random.Random(seed)
+    parts: dict[str, list[dict]] = {"train": [], "dev": [], "heldout": []}
+    for department in sorted({condition["department"] for condition in conditions}):
+        own = [condition for condition in conditions if condition["department"] == department]
+        rng.shuffle(own)
+        rest = round(0.3 * len(own))
+        parts["train"] += own[rest:]
+        for condition in own[:rest]:
+            smaller = min(("dev", "heldout"), key=lambda name: len(parts[name]))
+            parts[smaller].append(condition)
+    return parts
+
+
+def make(seed: int = 0) -> dict[str, str]:
+    """File name to content."""
+    _, conditions = read_table()
+    files = {}
+    for name, asked in split(conditions, seed).items():
+        wordings, per_fact = (0, 3) if name == "train" else (1, 2)
+        rows = list(questions(conditions, asked, wordings, per_fact, seed))
+        random.Random(seed).shuffle(rows)
+        files[f"{name}.jsonl"] = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    return files
+
+
+if __name__ == "__main__":
+    for name, content in make().items():
+        (HERE / name).write_text(content, encoding="utf-8")
+        print(f"{name}: {content.count(chr(10))} questions")
