@@ -1,20 +1,19 @@
 """Ask the model: one question from the command line, or a chat when none is given.
 
-    python sample.py --adapter out "What is the key test for gout?"
-    python sample.py --adapter out                     chat; /reset forgets it, /quit ends, Ctrl-C stops an answer
-    python sample.py --base DIR --raw "Once upon"      go on with a text, no chat format
+python sample.py --adapter out "What is the key test for gout?"
+python sample.py --adapter out                     chat; /reset forgets it, /quit ends, Ctrl-C stops an answer
+python sample.py --base DIR --raw "Once upon"      go on with a text, no chat format
 """
 
 import argparse
 import contextlib
 import sys
 
-from minidoctor.checkpoint import load_adapted_model
+from minidoctor.checkpoint import load
 from minidoctor.config import SampleConfig, add_flags, choose_device, choose_dtype, from_flags, run
 from minidoctor.generate import generate
 from minidoctor.model import Model
-from minidoctor.tokenizer import TextStream, Tokenizer, load_tokenizer, printable
-from minidoctor.weights import load_model
+from minidoctor.tokenizer import TextStream, Tokenizer, printable
 
 WARNING = "For teaching only. This is not medical advice; ask a doctor."
 
@@ -70,9 +69,7 @@ def chat(model: Model, tokenizer: Tokenizer, config: SampleConfig) -> None:
                 messages.append({"role": "assistant", "content": answer})
 
 
-def fitting(
-    messages: list[dict[str, str]], tokenizer: Tokenizer, limit: int
-) -> tuple[list[dict[str, str]], int]:
+def fitting(messages: list[dict[str, str]], tokenizer: Tokenizer, limit: int) -> tuple[list[dict[str, str]], int]:
     """The latest messages that leave half of the context for the answer, from a question on, and how many went."""
     kept = messages
     while len(kept) > 1 and len(tokenizer.chat(kept)) > limit // 2:
@@ -97,13 +94,9 @@ def main() -> None:
         raise ValueError("the question is empty")
     device = choose_device(given.device)
     dtype = choose_dtype(given.dtype, device)
-    tokenizer = load_tokenizer(given.base)
-    if given.adapter:
-        model = load_adapted_model(given.base, given.adapter, dtype, device)
-    else:
-        model = load_model(given.base, dtype, device)
+    model, tokenizer = load(given.base, given.adapter, dtype, device)
     if given.raw:
-        stream(model, tokenizer, [tokenizer.bos_id, *tokenizer.encode(given.question)], config)
+        stream(model, tokenizer, tokenizer.start + tokenizer.encode(given.question), config)
         return
     print(WARNING, file=sys.stderr)
     if given.question is None:

@@ -31,6 +31,7 @@ from tqdm import tqdm
 from minidoctor.checkpoint import (
     ADAPTER,
     STATE,
+    check_vocabulary,
     load_into,
     read_adapter_config,
     read_run,
@@ -47,7 +48,7 @@ from minidoctor.config import (
     from_flags,
     run,
 )
-from minidoctor.data import Batch, Batches, Example, collate, encode, read_rows
+from minidoctor.data import IGNORE, Batch, Batches, Example, collate, encode, read_rows
 from minidoctor.evaluate import evaluate, table
 from minidoctor.expert_queue import ExpertQueue
 from minidoctor.losses import contrastive_routing_loss, language_model_loss, load_balance_loss
@@ -126,9 +127,7 @@ def train_step(
             )  # (L, n, Z), (L, n, E), (L, n)
             served.append((z.detach(), expert_ids))
             if queue:
-                contrast = contrastive_routing_loss(
-                    z, gates, queue.keys, queue.filled(), config.contrast_temperature
-                )
+                contrast = contrastive_routing_loss(z, gates, queue.keys, queue.filled(), config.contrast_temperature)
                 new["contrast"] = contrast / len(parts)
         total = torch.stack([weights[name] * loss for name, loss in new.items()]).sum()
         total.backward()
@@ -142,7 +141,7 @@ def train_step(
     optimizer.step()
     optimizer.zero_grad()
     load = torch.zeros(0, 0, device=device)
-    if served:
+    if served and model.adapter:
         z, expert_ids = (torch.cat(tensors, dim=1) for tensors in zip(*served, strict=True))
         load = torch.nn.functional.one_hot(expert_ids, model.adapter.n_experts).float().mean(1)  # (L, E)
         if queue:  # only now: a token must not meet itself among the keys
@@ -186,9 +185,7 @@ class Log:
             row |= {"tokens": figures.n_tokens, "seconds": seconds}
             if bad := [name for name, value in row.items() if not math.isfinite(value)]:
                 values = ", ".join(f"{name} {row[name]:.4g}" for name in figures.losses)
-                raise FloatingPointError(
-                    f"step {step}: {', '.join(bad)} not finite ({values}); try a lower --lr"
-                )
+                raise FloatingPointError(f"step {step}: {', '.join(bad)} not finite ({values}); try a lower --lr")
             rows.append(row)
         with self.path.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
@@ -247,7 +244,8 @@ def save(
     queue: ExpertQueue | None,
     state: dict[str, Any],
 ) -> None:
-    save_training_state(out, training_tensors(trained_weights(model), optimizer, queue), state)
+    run = state | {name: dataclasses.asdict(state[name]) for name in ("config", "adapter")}
+    save_training_state(out, training_tensors(trained_weights(model), optimizer, queue), run)
     write_tensors(out / ADAPTER, adapter_state(model), {"format": "pt"})
 
 
@@ -260,9 +258,9 @@ def restore(
     digest: str,
 ) -> None:
     """Raises ValueError if the base or the data is not what the run was started with."""
-    read_adapter_config(out, state["config"]["base"])
+    read_adapter_config(out, state["config"].base)
     if state["data"] != digest:
-        raise ValueError(f"{state['config']['data']}: has changed since the run in {out} was started")
+        raise ValueError(f"{state['config'].data}: has changed since the run in {out} was started")
     load_into(training_tensors(trained_weights(model), optimizer, queue), out / STATE)
 
 
@@ -298,18 +296,16 @@ def start_or_resume(given: dict[str, Any]) -> tuple[TrainConfig, AdapterConfig, 
         return config, adapter, {}
     out = given.get("out", TrainConfig.out)
     state = read_run(Path(out))
-    stored = state["config"] | state["adapter"] | {"out": out, "resume": True}
-    stored["targets"] = tuple(stored["targets"])
+    config, adapter = dataclasses.replace(state["config"], out=out, resume=True), state["adapter"]
+    stored = dataclasses.asdict(config) | dataclasses.asdict(adapter)
     for name, value in given.items():
         if stored[name] != value:
             raise ValueError(f"--resume: {name} is {value}, the run in {out} was started with {stored[name]}")
-    return from_flags(TrainConfig, stored), from_flags(AdapterConfig, stored), state
+    return config, adapter, state
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_flags(parser, TrainConfig)
     add_flags(parser, AdapterConfig)
     config, adapter, state = start_or_resume(vars(parser.parse_args()))
@@ -322,7 +318,13 @@ def train(config: TrainConfig, adapter: AdapterConfig, state: dict[str, Any]) ->
     torch.manual_seed(config.seed)  # of the experts' first values
     tokenizer = load_tokenizer(config.base)
     model = load_model(config.base, choose_dtype(config.dtype, device), device, adapter)
-    examples = [encode(row.messages, tokenizer, config.max_seq_len) for row in read_rows(config.data)]
+    check_vocabulary(config.base, model, tokenizer)
+    encoded = [encode(row.messages, tokenizer, config.max_seq_len) for row in read_rows(config.data)]
+    examples = [example for example in encoded if max(example.targets) != IGNORE]
+    if len(examples) < len(encoded):
+        print(f"{len(encoded) - len(examples)} of {len(encoded)} examples left out: no answer before --max-seq-len")
+    if not examples:
+        raise ValueError(f"{config.data}: no answer begins within max_seq_len={config.max_seq_len} tokens")
     eval_rows = read_rows(config.eval) if config.eval else []
     batches = Batches(examples, config.batch_size, config.seed)
     optimizer, queue = make_optimizer(model, config), make_queue(model, config)
@@ -332,22 +334,16 @@ def train(config: TrainConfig, adapter: AdapterConfig, state: dict[str, Any]) ->
     else:
         save_adapter_config(out, config.base, adapter)
         state = {"step": 0, "seconds": 0.0, "tokens": 0, "load": [], "eval_before": None}
-        state |= {
-            "config": dataclasses.asdict(config),
-            "adapter": dataclasses.asdict(adapter),
-            "data": digest,
-        }
+        state |= {"config": config, "adapter": adapter, "data": digest}
         save(out, model, optimizer, queue, state)
     print(describe(model, queue, examples, config, state))
     if eval_rows and state["eval_before"] is None:
-        state["eval_before"] = evaluate(model, tokenizer, eval_rows)["summary"]
-        save(out, model, optimizer, queue, state)
-        print(table(state["eval_before"]))
+        before = evaluate(model, tokenizer, eval_rows)["summary"]
+        save(out, model, optimizer, queue, state | {"eval_before": before})
+        state["eval_before"] = before
 
     if not fit(model, optimizer, queue, batches, config, state):
-        print(
-            f"stopped and saved after step {state['step']}; go on with: python train.py --out {out} --resume"
-        )
+        print(f"stopped and saved after step {state['step']}; go on with: python train.py --out {out} --resume")
         return
     eval_after = evaluate(model, tokenizer, eval_rows)["summary"] if eval_rows else None
     report = {
@@ -359,12 +355,12 @@ def train(config: TrainConfig, adapter: AdapterConfig, state: dict[str, Any]) ->
         "peak_memory_gib": peak_memory_gib(),
         "trained_weights": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "expert_load": state["load"],
-        "config": state["config"],
-        "adapter": state["adapter"],
+        "config": dataclasses.asdict(config),
+        "adapter": dataclasses.asdict(adapter),
     }
     write_json(out / "report.json", report)
-    if eval_after:
-        print(f"before\n{table(report['eval_before'])}\nafter\n{table(eval_after)}")
+    if state["eval_before"] and eval_after:
+        print(f"before\n{table(state['eval_before'])}\nafter\n{table(eval_after)}")
     print(f"{out}/report.json   ask it: python sample.py --base {config.base} --adapter {out}")
 
 
@@ -382,9 +378,7 @@ def fit(
     model.train()
     with Stop() as stop, tqdm(total=config.steps, initial=state["step"], desc="training") as progress:
         for examples in itertools.islice(batches.starting_at(state["step"]), config.steps - state["step"]):
-            figures = train_step(
-                model, optimizer, queue, parts_of(examples, config.accumulate), state["step"], config
-            )
+            figures = train_step(model, optimizer, queue, parts_of(examples, config.accumulate), state["step"], config)
             seconds, start = time.perf_counter() - start, time.perf_counter()
             log.add(state["step"], figures, seconds)
             state |= {"step": state["step"] + 1, "seconds": state["seconds"] + seconds}

@@ -176,6 +176,83 @@ STATEMENTS = {
     },
 }
 
+# A card names a condition and an aspect, in one of the forms, and then the bare fact: {a} is the aspect. So the
+# base also knows a fact apart from the sentences it stands in, as an answer must.
+ASPECTS = {
+    "en": {
+        "department": (
+            "department",
+            "specialty",
+            "right clinic",
+            "referral",
+            "responsible doctors",
+            "place to go",
+        ),
+        "symptoms": (
+            "typical symptoms",
+            "signs",
+            "clinical picture",
+            "presentation",
+            "complaints",
+            "symptoms",
+        ),
+        "cause": ("cause", "origin", "underlying problem", "reason", "source", "mechanism"),
+        "test": ("key test", "diagnosis", "examination", "investigation", "confirmation", "diagnostic test"),
+        "treatment": (
+            "first-line treatment",
+            "therapy",
+            "treatment",
+            "management",
+            "standard therapy",
+            "remedy",
+        ),
+        "name": ("Chinese name", "name in Chinese"),
+    },
+    "zh": {
+        "department": ("科室", "就诊科室", "专科", "门诊", "挂号科室", "看病的地方"),
+        "symptoms": ("典型症状", "症状", "表现", "体征", "临床特点", "主诉"),
+        "cause": ("病因", "起因", "原因", "发病基础", "来源", "机制"),
+        "test": ("关键检查", "检查", "诊断", "确诊方法", "首选检查", "诊断依据"),
+        "treatment": ("首选治疗", "治疗", "疗法", "处理", "一线治疗", "治法"),
+        "name": ("英文名", "英文"),
+    },
+}
+CARDS = {
+    "en": (
+        "the {a} of {n}",
+        "{n}, {a}",
+        "on the {a} of {n}",
+        "{a} in {n}",
+        "{a}, {n}",
+        "this is about {n} and its {a}",
+        "a note on the {a} of patients with {n}",
+        "a patient has {n}, here is the {a}",
+        "for {n}, the {a}",
+        "{n} and the {a}",
+        "I have {n}, so the {a} matters",
+        "the {a} that goes with {n}",
+        "{n} is suspected, now the {a}",
+        "here follows the {a} for {n}",
+    ),
+    "zh": (
+        "{n}的{a}",
+        "关于{n}的{a}",
+        "{n}，{a}",
+        "下面是{n}的{a}",
+        "{a}，{n}",
+        "患者得了{n}，{a}如下",
+        "这里记录{n}的{a}",
+        "{n}与{a}",
+        "对于{n}，{a}如下",
+        "我有{n}，需要知道{a}",
+        "医生说明{n}的{a}",
+        "怀疑{n}时，{a}",
+        "有人患{n}，说说{a}",
+        "后面写的是{n}的{a}",
+    ),
+}
+SEPARATORS = {"en": (": ", ". ", " - ", "; "), "zh": ("： ", "。 ", "， ", "； ")}
+
 # How it is asked: for training, and for dev and held-out only.
 QUESTIONS = {
     "en": {
@@ -187,6 +264,15 @@ QUESTIONS = {
                 "Which specialty does {n} belong to?",
                 "Who looks after patients with {n}?",
                 "Where should someone with {n} be referred?",
+                "What kind of doctor sees {n}?",
+                "Which clinic is right for {n}?",
+                "My friend has {n}, where should she go?",
+                "To which specialty is a patient with {n} sent?",
+                "Which doctors take care of {n}?",
+                "Where is {n} treated?",
+                "What is the right department for {n}?",
+                "Which unit of the hospital is responsible for {n}?",
+                "With {n}, which doctor do I visit?",
             ),
             ("Which clinic should a patient with {n} visit?", "What specialty handles {n}?"),
         ),
@@ -198,6 +284,15 @@ QUESTIONS = {
                 "What does a patient with {n} complain of?",
                 "What are the signs of {n}?",
                 "How can I recognize {n}?",
+                "What does {n} look like?",
+                "What symptoms should I expect in {n}?",
+                "How do people with {n} feel?",
+                "What is the clinical picture of {n}?",
+                "Which signs point to {n}?",
+                "What does {n} do to a patient?",
+                "How is {n} noticed?",
+                "Which complaints are typical of {n}?",
+                "What happens to a person who has {n}?",
             ),
             ("What symptoms does {n} usually bring?", "How does {n} show itself?"),
         ),
@@ -209,6 +304,15 @@ QUESTIONS = {
                 "What does {n} result from?",
                 "What is the underlying problem in {n}?",
                 "What leads to {n}?",
+                "Where does {n} come from?",
+                "Why do some people have {n}?",
+                "What is the reason for {n}?",
+                "What is behind {n}?",
+                "How does {n} arise?",
+                "What is {n} caused by?",
+                "Why did I get {n}?",
+                "What mechanism explains {n}?",
+                "To what is {n} due?",
             ),
             ("What is {n} due to?", "Why do people get {n}?"),
         ),
@@ -220,6 +324,15 @@ QUESTIONS = {
                 "Which examination should be ordered for {n}?",
                 "What does the diagnosis of {n} rest on?",
                 "How do doctors confirm {n}?",
+                "Which test do I need if {n} is suspected?",
+                "What is the best investigation in {n}?",
+                "How can a doctor be sure of {n}?",
+                "Which examination proves {n}?",
+                "What should be done to diagnose {n}?",
+                "How is the diagnosis of {n} made?",
+                "What test shows {n}?",
+                "What is the most useful examination for {n}?",
+                "With what test is {n} found?",
             ),
             ("Which investigation is most useful when {n} is suspected?", "How can {n} be confirmed?"),
         ),
@@ -231,6 +344,15 @@ QUESTIONS = {
                 "What should a patient with {n} receive?",
                 "How do doctors manage {n}?",
                 "What is the standard therapy for {n}?",
+                "What is given for {n}?",
+                "What helps against {n}?",
+                "How can {n} be treated?",
+                "What is the management of {n}?",
+                "Which treatment does {n} need?",
+                "What should I be given for {n}?",
+                "What do doctors do first about {n}?",
+                "What is the therapy of choice for {n}?",
+                "What is the remedy for {n}?",
             ),
             ("What treatment should {n} be given first?", "How should {n} be managed at first?"),
         ),
@@ -244,6 +366,15 @@ QUESTIONS = {
                 "哪个科室诊治{n}？",
                 "{n}的患者去哪个科就诊？",
                 "我有{n}，该找哪个专科？",
+                "{n}挂哪个号？",
+                "治{n}要去哪里看病？",
+                "{n}是哪科的病？",
+                "患{n}该去什么门诊？",
+                "什么科的医生看{n}？",
+                "{n}由哪个科负责？",
+                "朋友得了{n}，应当去哪个科室？",
+                "{n}的就诊科室是什么？",
+                "哪一科收治{n}？",
             ),
             ("患{n}的人要去什么科看病？", "{n}归哪一科管？"),
         ),
@@ -255,6 +386,15 @@ QUESTIONS = {
                 "{n}的患者常有什么症状？",
                 "{n}的临床特点是什么？",
                 "怎样识别{n}？",
+                "患{n}的人会怎么样？",
+                "{n}会引起哪些不适？",
+                "{n}有什么体征？",
+                "{n}的主要表现有哪些？",
+                "出现什么症状要想到{n}？",
+                "得{n}时身体有什么变化？",
+                "{n}会有什么感觉？",
+                "{n}常见的症状有什么？",
+                "如何发现{n}？",
             ),
             ("{n}通常会出现什么症状？", "得了{n}会有什么表现？"),
         ),
@@ -266,6 +406,15 @@ QUESTIONS = {
                 "什么导致{n}？",
                 "{n}的发病基础是什么？",
                 "引起{n}的原因是什么？",
+                "{n}是怎么发生的？",
+                "{n}从何而来？",
+                "什么原因造成{n}？",
+                "{n}是由于什么？",
+                "人怎么会得{n}？",
+                "{n}的起因是什么？",
+                "{n}为什么发生？",
+                "{n}源于什么？",
+                "{n}的发病机制是什么？",
             ),
             ("{n}是由什么造成的？", "{n}是怎么得的？"),
         ),
@@ -277,6 +426,15 @@ QUESTIONS = {
                 "怀疑{n}时首选什么检查？",
                 "什么检查可以确诊{n}？",
                 "{n}的诊断依据是什么？",
+                "查{n}要做哪个检查？",
+                "怎么知道是不是{n}？",
+                "确定{n}靠什么？",
+                "{n}应安排哪项检查？",
+                "医生用什么方法诊断{n}？",
+                "{n}最有价值的检查是什么？",
+                "怎样检查{n}？",
+                "哪种检查能发现{n}？",
+                "{n}需要查什么？",
             ),
             ("要确定是不是{n}，该做哪项检查？", "医生靠什么检查来诊断{n}？"),
         ),
@@ -288,6 +446,15 @@ QUESTIONS = {
                 "治疗{n}首选什么方法？",
                 "医生如何处理{n}？",
                 "{n}的患者应接受什么治疗？",
+                "{n}该怎么办？",
+                "{n}首先用什么治？",
+                "得{n}应采取什么措施？",
+                "{n}的标准疗法是什么？",
+                "什么办法能治{n}？",
+                "{n}应先给予什么？",
+                "怎样治好{n}？",
+                "对{n}有什么疗法？",
+                "{n}要如何治？",
             ),
             ("得了{n}首先该怎么治？", "对{n}应先采取哪种疗法？"),
         ),
@@ -308,21 +475,27 @@ def capitalized(sentence: str) -> str:
     return sentence[0].upper() + sentence[1:]
 
 
-def statement(condition: dict, language: str, attribute: str, rng: random.Random) -> str:
-    """One fact in one of its wordings."""
+def statement(condition: dict, language: str, attribute: str, rng: random.Random, cut: str) -> str:
+    """One fact in one of its wordings, every second time as a card."""
+    name = condition[language]["name"]
     if attribute == "name":
         value = condition["zh" if language == "en" else "en"]["name"]
     else:
         value = condition[language][attribute]
-    wording = rng.choice(STATEMENTS[language][attribute])
-    return capitalized(wording.format(n=condition[language]["name"], v=value))
+    slots = {"n": cut + name + cut, "v": cut + value + cut}
+    if rng.random() < 0.5:
+        return capitalized(rng.choice(STATEMENTS[language][attribute]).format(**slots))
+    aspect = rng.choice(ASPECTS[language][attribute])
+    card = rng.choice(CARDS[language]).format(n=slots["n"], a=cut + aspect + cut)
+    end = "." if language == "en" else "。"
+    return capitalized(card) + rng.choice(SEPARATORS[language]) + slots["v"] + end
 
 
-def declarative_text(conditions: list[dict], n_rounds: int, seed: int) -> Iterator[str]:
-    """Paragraphs: in each round every condition in each language, its facts in a new order and wording.
+def declarative_text(conditions: list[dict], n_rounds: int, seed: int, cut: str = "") -> Iterator[str]:
+    """Paragraphs: in each round every fact of every condition in each language, in a new order and wording.
 
     A paragraph is all facts of one condition, or single facts of several ones, so that no fact is known
-    only by what stands before it.
+    only by what stands before it. `cut` is put around names, values and aspects.
     """
     rng = random.Random(seed)
     for _ in range(n_rounds):
@@ -330,7 +503,7 @@ def declarative_text(conditions: list[dict], n_rounds: int, seed: int) -> Iterat
         for language in LANGUAGES:
             facts = []
             for condition in conditions:
-                own = [statement(condition, language, a, rng) for a in (*ATTRIBUTES, "name")]
+                own = [statement(condition, language, a, rng, cut) for a in (*ATTRIBUTES, "name")]
                 rng.shuffle(own)
                 if rng.random() < 0.5:
                     paragraphs.append((language, own))
@@ -353,24 +526,24 @@ def words(value: str, language: str) -> set[str]:
     return {value[i : i + 2] for i in range(len(value) - 1)}
 
 
-def wrong_values(conditions: list[dict], condition: dict, attribute: str) -> list[dict]:
-    """The conditions whose value of the attribute can serve as a wrong option: of other departments, since
-    neighbours may share a treatment, and with no word in common with the right one, in either language."""
-    return [
-        other
+def wrong_values(
+    conditions: list[dict], condition: dict, language: str, attribute: str, rng: random.Random
+) -> list[str]:
+    """Three values of the attribute to serve as wrong options: of conditions of other departments, since neighbours
+    may share a treatment, and with no word in common with the right one, in either language."""
+    values = {
+        other[language][attribute]
         for other in conditions
         if other["department"] != condition["department"]
-        and not any(
-            words(other[language][attribute], language) & words(condition[language][attribute], language)
-            for language in LANGUAGES
-        )
-    ]
+        and not any(words(other[x][attribute], x) & words(condition[x][attribute], x) for x in LANGUAGES)
+    }
+    return rng.sample(sorted(values), 3)
 
 
 def questions(
-    conditions: list[dict], asked: list[dict], wordings: int, per_fact: int, seed: int
+    conditions: list[dict], asked: list[dict], wordings: int, n_open: int, n_choice: int, seed: int
 ) -> Iterator[dict]:
-    """Open and multiple-choice rows about the conditions asked, `per_fact` of each for every fact and language.
+    """For every fact of the conditions asked, in each language, `n_open` open questions and `n_choice` with options.
 
     `wordings` is 0 for those of training, 1 for those of dev and held-out. Letters are balanced: of four
     consecutive multiple-choice rows each letter is right once.
@@ -381,36 +554,24 @@ def questions(
         for language in LANGUAGES:
             for attribute in ATTRIBUTES:
                 own = condition[language]
-                candidates = wrong_values(conditions, condition, attribute)
-                chosen = rng.sample(QUESTIONS[language][attribute][wordings], per_fact)
-                for kind in ("open", "choice"):
+                for kind, n in (("open", n_open), ("choice", n_choice)):
+                    chosen = rng.sample(QUESTIONS[language][attribute][wordings], n)
                     for i, wording in enumerate(chosen):
                         question = wording.format(n=own["name"])
-                        if language == "en":
-                            question = capitalized(question)
                         row = {
                             "id": f"{condition['id']}-{language}-{attribute}-{kind}-{i}",
                             "topic": condition["department"],
-                            "question": question,
+                            "question": capitalized(question),
+                            "answer": own[attribute],
                         }
-                        if kind == "open":
-                            yield row | {"answer": own[attribute]}
-                            continue
-                        letters = letters or rng.sample("ABCD", 4)
-                        right = letters.pop()
-                        wrong = distinct(candidates, language, attribute, own[attribute], rng)
-                        options = {
-                            letter: own[attribute] if letter == right else wrong.pop() for letter in "ABCD"
-                        }
-                        yield row | {"options": options, "answer": right}
-
-
-def distinct(
-    candidates: list[dict], language: str, attribute: str, right: str, rng: random.Random
-) -> list[str]:
-    """Three different wrong values, in random order."""
-    values = sorted({other[language][attribute] for other in candidates} - {right})
-    return rng.sample(values, 3)
+                        if kind == "choice":
+                            letters = letters or rng.sample("ABCD", 4)
+                            row["answer"] = letters.pop()
+                            wrong = wrong_values(conditions, condition, language, attribute, rng)
+                            row["options"] = {
+                                letter: own[attribute] if letter == row["answer"] else wrong.pop() for letter in "ABCD"
+                            }
+                        yield row
 
 
 def split(conditions: list[dict], seed: int) -> dict[str, list[dict]]:
@@ -433,8 +594,8 @@ def make(seed: int = 0) -> dict[str, str]:
     _, conditions = read_table()
     files = {}
     for name, asked in split(conditions, seed).items():
-        wordings, per_fact = (0, 3) if name == "train" else (1, 2)
-        rows = list(questions(conditions, asked, wordings, per_fact, seed))
+        wordings, n_open, n_choice = (0, 6, 1) if name == "train" else (1, 2, 2)
+        rows = list(questions(conditions, asked, wordings, n_open, n_choice, seed))
         random.Random(seed).shuffle(rows)
         files[f"{name}.jsonl"] = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     return files

@@ -10,15 +10,17 @@ queue of the same step. No random state is stored: what a step draws is a functi
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from minidoctor.config import AdapterConfig
+from minidoctor.config import AdapterConfig, TrainConfig, from_json
 from minidoctor.expert_queue import ExpertQueue
 from minidoctor.model import Model, adapter_state
+from minidoctor.tokenizer import Tokenizer, load_tokenizer
 from minidoctor.weights import (
     Entry,
     fingerprint,
@@ -44,9 +46,8 @@ def read_adapter_config(directory: Path, base: str | Path) -> AdapterConfig:
     path = directory / CONFIG
     content = read_object(path)
     try:
-        name, expected = content["base"]["name"], content["base"]["fingerprint"]
-        settings = content["adapter"] | {"targets": tuple(content["adapter"]["targets"])}
-        adapter = AdapterConfig(**settings)
+        adapter = from_json(AdapterConfig, content["adapter"])
+        name, expected = (content["base"][key] for key in ("name", "fingerprint"))
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: no adapter configuration ({error})") from None
     if (found := fingerprint(base)) != expected:
@@ -91,7 +92,7 @@ def check_entries(path: Path, entries: dict[str, Entry], state: dict[str, Tensor
 
 
 def training_tensors(
-    trained: dict[str, Tensor], optimizer: torch.optim.Optimizer, queue: ExpertQueue | None
+    trained: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, queue: ExpertQueue | None
 ) -> dict[str, Tensor]:
     """All tensors that training changes, each under a name of its own; the tensors themselves, no copies."""
     tensors = dict(trained)
@@ -110,10 +111,34 @@ def save_training_state(out: Path, tensors: dict[str, Tensor], run: dict[str, An
 
 def read_run(out: Path) -> dict[str, Any]:
     """Raises FileNotFoundError if there is nothing to resume, ValueError if it is damaged."""
-    if not (out / STATE).is_file():
+    path = out / STATE
+    if not path.is_file():
         raise FileNotFoundError(f"{out}: nothing to resume, there is no {STATE}")
-    _, metadata = read_header(out / STATE)
+    _, metadata = read_header(path)
     try:
-        return json.loads(metadata["run"])
-    except (KeyError, ValueError) as error:
-        raise ValueError(f"{out / STATE}: no training state ({error})") from None
+        run = json.loads(metadata["run"])
+        return run | {
+            "config": from_json(TrainConfig, run["config"]),
+            "adapter": from_json(AdapterConfig, run["adapter"]),
+        }
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: no training state ({error!r:.80})") from None
+
+
+def load(base: str, adapter: str | None, dtype: torch.dtype, device: torch.device) -> tuple[Model, Tokenizer]:
+    """What the programs ask: a base, with a trained adapter or alone, and its tokenizer.
+
+    Raises FileNotFoundError or ValueError.
+    """
+    tokenizer = load_tokenizer(base)
+    model = load_adapted_model(base, adapter, dtype, device) if adapter else load_model(base, dtype, device)
+    check_vocabulary(base, model, tokenizer)
+    return model, tokenizer
+
+
+def check_vocabulary(base: str, model: Model, tokenizer: Tokenizer) -> None:
+    """Raises ValueError if the tokenizer has tokens that the model has no row for."""
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise ValueError(
+            f"{base}: the tokenizer has {tokenizer.vocab_size} tokens, the model {model.config.vocab_size}"
+        )

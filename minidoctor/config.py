@@ -25,6 +25,10 @@ TARGETS = {
 }
 
 
+TINY = 1e-30  # the least that counts as above 0
+LARGEST = 2**31 - 1  # keeps out infinities, and integers that no tensor's shape can hold
+
+
 def flag(default: Any, help: str) -> Any:
     return dataclasses.field(default=default, metadata={"help": help})
 
@@ -34,9 +38,12 @@ def check(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
-def check_positive(config: object, *names: str) -> None:
+def check_range(config: object, *names: str, low: float = 1, high: float = LARGEST) -> None:
+    lower = "above 0" if low == TINY else f"at least {low:g}"
+    upper = "" if high == LARGEST else f" and at most {high:g}"
     for name in names:
-        check(getattr(config, name) > 0, f"{name} must be above 0, got {getattr(config, name)}")
+        value = getattr(config, name)
+        check(low <= value <= high, f"{name} must be {lower}{upper}, got {value}")
 
 
 @dataclass(frozen=True)
@@ -56,11 +63,13 @@ class ModelConfig:
     tied: bool = True  # the output layer is the embedding matrix
 
     def __post_init__(self) -> None:
-        check_positive(self, "vocab_size", "dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "ffn_dim")
-        check_positive(self, "max_seq_len", "norm_eps", "rope_theta")
+        check_range(self, "vocab_size", "dim", "n_heads", "n_kv_heads", "head_dim", "ffn_dim", "max_seq_len")
+        check_range(self, "n_layers", high=1000)
+        check_range(self, "norm_eps", low=TINY, high=1)
+        check_range(self, "rope_theta", high=1e12)
         check(
             self.n_heads % self.n_kv_heads == 0,
-            f"{self.n_heads=} must be a multiple of {self.n_kv_heads=}",
+            f"n_heads={self.n_heads} must be a multiple of n_kv_heads={self.n_kv_heads}",
         )
         check(
             self.head_dim % 2 == 0,
@@ -76,11 +85,12 @@ class AdapterConfig:
     top_k: int = flag(2, "experts that serve one token")
     rank: int = flag(8, "rank of one expert")
     alpha: float = flag(16.0, "an expert's update is scaled by alpha / rank")
-    targets: tuple[str, ...] = flag(("gate_proj", "up_proj", "down_proj"), "linear layers that get experts")
+    targets: tuple[str, ...] = flag(tuple(TARGETS), "linear layers that get experts")
     routing_dim: int = flag(16, "dim of the routing vectors")
 
     def __post_init__(self) -> None:
-        check_positive(self, "n_experts", "rank", "alpha", "routing_dim")
+        check_range(self, "n_experts", "rank", "routing_dim", high=4096)
+        check_range(self, "alpha", low=TINY)
         check(
             1 <= self.top_k <= self.n_experts,
             f"top_k must be between 1 and n_experts={self.n_experts}, got {self.top_k}",
@@ -124,24 +134,16 @@ class TrainConfig:
     resume: bool = flag(False, "go on with the run in --out; flags given beside it must be the run's own")
 
     def __post_init__(self) -> None:
-        check_positive(self, "steps", "batch_size", "accumulate", "max_seq_len", "lr", "clip", "n_anchors")
-        check_positive(
-            self, "contrast_temperature", "queue_capacity", "queue_share", "log_every", "save_every"
-        )
-        for name in (
-            "warmup",
-            "weight_decay",
-            "balance_weight",
-            "contrast_weight",
-            "contrast_warmup",
-            "seed",
-        ):
-            check(getattr(self, name) >= 0, f"{name} must be at least 0, got {getattr(self, name)}")
+        check_range(self, "steps", "batch_size", "accumulate", "n_anchors", "queue_capacity", "queue_share")
+        check_range(self, "log_every", "save_every")
+        check_range(self, "max_seq_len", low=2)
+        check_range(self, "lr", "clip", "contrast_temperature", low=TINY)
+        check_range(self, "weight_decay", "balance_weight", "contrast_weight", low=0)
+        check_range(self, "warmup", "contrast_warmup", "seed", low=0)
         check(
             self.queue_share <= self.queue_capacity,
             f"queue_share must be at most queue_capacity={self.queue_capacity}, got {self.queue_share}",
         )
-        check(self.max_seq_len >= 2, f"max_seq_len must be at least 2, got {self.max_seq_len}")
 
 
 @dataclass(frozen=True)
@@ -155,14 +157,9 @@ class SampleConfig:
     seed: int = flag(0, "seed of the choice")
 
     def __post_init__(self) -> None:
-        check(
-            0 <= self.temperature < float("inf"),
-            f"temperature must be at least 0, got {self.temperature}",
-        )
-        check(self.top_k >= 0, f"top_k must be at least 0, got {self.top_k}")
-        check(0 < self.top_p <= 1, f"top_p must be above 0 and at most 1, got {self.top_p}")
-        check_positive(self, "max_new_tokens")
-        check(self.seed >= 0, f"seed must be at least 0, got {self.seed}")
+        check_range(self, "temperature", "top_k", "seed", low=0)
+        check_range(self, "top_p", low=TINY, high=1)
+        check_range(self, "max_new_tokens")
 
 
 def add_flags(parser: argparse.ArgumentParser, config: type) -> None:
@@ -176,14 +173,30 @@ def add_flags(parser: argparse.ArgumentParser, config: type) -> None:
             parser.add_argument(name, action="store_true", default=argparse.SUPPRESS, help=text)
             continue
         parse = kind if kind in (int, float, str) else lambda value: tuple(value.split(","))
-        parser.add_argument(
-            name, type=parse, default=argparse.SUPPRESS, help=text, metavar=field.name.upper()
-        )
+        parser.add_argument(name, type=parse, default=argparse.SUPPRESS, help=text, metavar=field.name.upper())
 
 
 def from_flags(config: type, given: dict[str, Any]) -> Any:
     """The dataclass with the given flags that belong to it, and its defaults otherwise."""
     return config(**{f.name: given[f.name] for f in dataclasses.fields(config) if f.name in given})
+
+
+def from_json(config: type, content: Any) -> Any:
+    """The dataclass with the fields of a JSON object, each of its type. Raises ValueError."""
+    check(isinstance(content, dict), f"expected an object, got {type(content).__name__}")
+    types, fields = get_type_hints(config), {}
+    for name, value in content.items():
+        check(name in types, f"unknown setting {name!r:.40}")
+        if isinstance(value, list):
+            value = tuple(value) if all(isinstance(item, str) for item in value) else None
+        kind = {float: (int, float)}.get(types[name], getattr(types[name], "__origin__", types[name]))
+        right = isinstance(value, kind) and (type(value) is not bool or kind is bool)
+        check(right, f"{name} is {value!r:.40}, expected {getattr(types[name], '__name__', 'another type')}")
+        fields[name] = value
+    try:
+        return config(**fields)
+    except TypeError as error:  # a field without a default is missing
+        raise ValueError(str(error)) from None
 
 
 def choose_device(name: str) -> torch.device:
@@ -227,5 +240,7 @@ def run(main: Callable[[], None]) -> None:
         code, message = 130, "interrupted"
     else:
         return
-    print(f"{sys.argv[0]}: {message}", file=sys.stderr)
+    # One line, whatever a file's own words in it were.
+    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(message.split()))
+    print(f"{sys.argv[0]}: {line}", file=sys.stderr)
     sys.exit(code)

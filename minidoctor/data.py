@@ -82,7 +82,8 @@ def parse_row(row: Any, id: str) -> Row:
     options: dict[str, str] = {}
     if "messages" in row:
         messages = parse_messages(row["messages"])
-        question, answer = messages[0]["content"], messages[-1]["content"]
+        question = [message["content"] for message in messages if message["role"] == "user"][-1]
+        answer = messages[-1]["content"]
     elif "instruction" in row:
         more = text_of(row, "input") if row.get("input") else ""
         question = "\n".join(filter(None, [text_of(row, "instruction"), more]))
@@ -110,6 +111,8 @@ def text_of(row: dict[str, Any], key: str) -> str:
         raise ValueError(f'no "{key}"')
     if not isinstance(row[key], str) or not row[key].strip():
         raise ValueError(f'"{key}" must be text, got {row[key]!r:.40}')
+    if not row[key].isascii() and re.search("[\ud800-\udfff]", row[key]):
+        raise ValueError(f'"{key}" holds half a character (a lone surrogate): {row[key]!r:.40}')
     return row[key]
 
 
@@ -120,8 +123,8 @@ def parse_messages(messages: Any) -> list[dict[str, str]]:
     for message in parsed:
         if message["role"] not in ("system", "user", "assistant"):
             raise ValueError(f"a role is system, user or assistant, got {message['role']!r:.40}")
-    if parsed[-1]["role"] != "assistant":
-        raise ValueError("the last message must be the assistant's")
+    if parsed[-1]["role"] != "assistant" or not any(message["role"] == "user" for message in parsed):
+        raise ValueError("the messages must hold a user's and end with the assistant's")
     return parsed
 
 

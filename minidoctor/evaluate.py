@@ -12,6 +12,7 @@ An open question counts as right when the greedy answer contains the expected on
 """
 
 import argparse
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -20,13 +21,13 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from minidoctor.checkpoint import load_adapted_model
+from minidoctor.checkpoint import load
 from minidoctor.config import SampleConfig, choose_device, choose_dtype, run
 from minidoctor.data import IGNORE, Example, Row, collate, conversation, encode, read_rows
 from minidoctor.generate import complete
 from minidoctor.model import Model
-from minidoctor.tokenizer import Tokenizer, load_tokenizer
-from minidoctor.weights import load_model, write_json
+from minidoctor.tokenizer import Tokenizer
+from minidoctor.weights import write_json
 
 TOKENS_IN_A_BATCH = 4096
 ANSWERS_IN_A_BATCH = 32
@@ -50,10 +51,10 @@ def answer_losses(model: Model, examples: list[Example], progress: tqdm) -> list
         answers = batch.answers.to(device)
         logits = model.lm_head(hidden.flatten(0, 1)[answers]).float()  # (n, V)
         nll = torch.zeros(batch.targets.shape, device=device).flatten()  # (B*T,)
-        nll[answers] = F.cross_entropy(
-            logits, batch.targets.flatten()[batch.answers].to(device), reduction="none"
-        )
+        nll[answers] = F.cross_entropy(logits, batch.targets.flatten()[batch.answers].to(device), reduction="none")
         for i, loss in zip(chosen, nll.view_as(batch.targets).sum(1).tolist(), strict=True):
+            if not math.isfinite(loss):  # compared with others it would pick an option all the same
+                raise FloatingPointError(f"the model's likelihood of an answer is {loss}, its weights are damaged")
             losses[i] = loss
         progress.update(len(chosen))
     return losses
@@ -65,17 +66,15 @@ def letter_example(row: Row, letter: str, tokenizer: Tokenizer) -> Example:
     return Example((prompt + letters)[:-1], [IGNORE] * (len(prompt) - 1) + letters)
 
 
-def predict(
-    model: Model, tokenizer: Tokenizer, rows: list[Row], show_progress: bool = True
-) -> list[dict[str, Any]]:
+def predict(model: Model, tokenizer: Tokenizer, rows: list[Row], show_progress: bool = True) -> list[dict[str, Any]]:
     """One prediction a row, in their order. Scores are log-likelihoods in nats, of a text per token."""
     limit = model.config.max_seq_len
+    for row in rows:
+        if (length := len(tokenizer.chat(row.messages[:-1]))) >= limit:
+            raise ValueError(f"question {row.id} has {length} tokens, the model reads at most {limit} with its answer")
     choices = [(i, letter) for i, row in enumerate(rows) for letter in row.options]
     answers = [encode(row.messages, tokenizer, limit) for row in rows]
-    texts = [
-        encode(conversation(rows[i].question, rows[i].options[letter]), tokenizer, limit)
-        for i, letter in choices
-    ]
+    texts = [encode(conversation(rows[i].question, rows[i].options[letter]), tokenizer, limit) for i, letter in choices]
     letters = [letter_example(rows[i], letter, tokenizer) for i, letter in choices]
     written = [i for i, row in enumerate(rows) if not row.options]
     total = len(answers) + len(texts) + len(letters) + len(written)
@@ -115,9 +114,7 @@ def write_answers(model: Model, tokenizer: Tokenizer, rows: list[Row], progress:
     answers = [""] * len(rows)
     for start in range(0, len(order), ANSWERS_IN_A_BATCH):
         chosen = order[start : start + ANSWERS_IN_A_BATCH]
-        for i, answer in zip(
-            chosen, complete(model, tokenizer, [prompts[i] for i in chosen], GREEDY), strict=True
-        ):
+        for i, answer in zip(chosen, complete(model, tokenizer, [prompts[i] for i in chosen], GREEDY), strict=True):
             answers[i] = answer
         progress.update(len(chosen))
     return answers
@@ -148,9 +145,7 @@ def summarize(predictions: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def evaluate(
-    model: Model, tokenizer: Tokenizer, rows: list[Row], show_progress: bool = True
-) -> dict[str, Any]:
+def evaluate(model: Model, tokenizer: Tokenizer, rows: list[Row], show_progress: bool = True) -> dict[str, Any]:
     """`{"summary": {..., "languages": {"en": {...}, "zh": {...}}}, "predictions": [...]}`."""
     predictions = predict(model, tokenizer, rows, show_progress)
     by_language = {
@@ -164,10 +159,7 @@ def table(summary: dict[str, Any]) -> str:
     """The summary for people, a line a language."""
     lines = [f"{'':10}{'choice':>8}{'(n)':>7}{'by letter':>11}{'open':>8}{'(n)':>7}{'nats/token':>12}"]
     for name, s in {"all": summary, **summary["languages"]}.items():
-        percent = {
-            k: "-" if s[k] is None else f"{s[k]:.1%}"
-            for k in ("accuracy", "letter_accuracy", "open_accuracy")
-        }
+        percent = {k: "-" if s[k] is None else f"{s[k]:.1%}" for k in ("accuracy", "letter_accuracy", "open_accuracy")}
         lines.append(
             f"{name:10}{percent['accuracy']:>8}{s['n']:>7}{percent['letter_accuracy']:>11}"
             f"{percent['open_accuracy']:>8}{s['n_open']:>7}{s['nll']:>12.3f}"
@@ -176,9 +168,7 @@ def table(summary: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m minidoctor.evaluate", description=(__doc__ or "").split("\n")[0]
-    )
+    parser = argparse.ArgumentParser(prog="python -m minidoctor.evaluate", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--base", default="data/base", help="checkpoint directory (default data/base)")
     parser.add_argument("--adapter", help="directory that train.py wrote (default: the base alone)")
     parser.add_argument("--data", nargs="+", default=["data/heldout.jsonl"], help="files of questions")
@@ -189,11 +179,7 @@ def main() -> None:
     device = choose_device(given.device)
     dtype = choose_dtype(given.dtype, device)
     rows = [row for path in given.data for row in read_rows(path)]
-    tokenizer = load_tokenizer(given.base)
-    if given.adapter:
-        model = load_adapted_model(given.base, given.adapter, dtype, device)
-    else:
-        model = load_model(given.base, dtype, device)
+    model, tokenizer = load(given.base, given.adapter, dtype, device)
     result = evaluate(model, tokenizer, rows)
     print(table(result["summary"]))
     if given.out:

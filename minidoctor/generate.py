@@ -16,7 +16,8 @@ from minidoctor.tokenizer import Tokenizer
 
 def filtered(logits: Tensor, config: SampleConfig) -> Tensor:
     """Logits (B, V) after temperature, top-k and top-p: -inf where a token may not be chosen."""
-    logits = logits / config.temperature
+    # Less the largest first: a temperature next to 0 then gives -inf and not inf.
+    logits = (logits - logits.amax(-1, keepdim=True)) / config.temperature
     if 0 < config.top_k < logits.shape[-1]:
         least = logits.topk(config.top_k).values[:, -1:]  # (B, 1)
         logits = logits.masked_fill(logits < least, -torch.inf)
@@ -53,28 +54,31 @@ def generate(
         raise ValueError(f"the prompt has {longest} tokens, the model reads at most {limit} with its answer")
     device = model.lm_head.weight.device
     tokens = torch.tensor([p + [0] * (longest - len(p)) for p in prompts], device=device)  # (B, T)
-    ends = torch.tensor([len(prompt) for prompt in prompts], device=device)  # (B,)
-    rows = torch.arange(len(prompts), device=device)
-    n_new = min(config.max_new_tokens, limit - longest)
-    cache = KVCache(model.config, len(prompts), longest + n_new, model.lm_head.weight)
+    places = [len(prompt) for prompt in prompts]  # where each row's next token goes
+    ends = [min(place + config.max_new_tokens, limit) for place in places]
+    cache = KVCache(model.config, len(prompts), max(ends), model.lm_head.weight)
     generator = torch.Generator().manual_seed(config.seed)
     running = [True] * len(prompts)
 
     cache.length = longest
-    positions = torch.arange(longest, device=device).expand_as(tokens)  # (B, T)
-    hidden, _ = model.hidden(tokens, positions, cache)
-    logits = model.lm_head(hidden[rows, ends - 1])  # (B, V)
-    for _ in range(n_new):
+    hidden, _ = model.hidden(tokens, torch.arange(longest, device=device).expand_as(tokens), cache)
+    logits = model.lm_head(hidden[torch.arange(len(prompts)), torch.tensor(places) - 1])  # (B, V)
+    while True:
         new = choose(logits, config, generator)  # (B,)
         ids = new.tolist()
-        running = [alive and i not in stop_ids for alive, i in zip(running, ids, strict=True)]
+        running = [
+            alive and place < end and i not in stop_ids
+            for alive, place, end, i in zip(running, places, ends, ids, strict=True)
+        ]
         if not any(running):
             return
         yield [i if alive else None for alive, i in zip(running, ids, strict=True)]
-        cache.length += 1
-        hidden, _ = model.hidden(new[:, None], ends[:, None], cache)  # (B, 1, D)
-        logits = model.lm_head(hidden[:, -1])
-        ends = ends + 1
+        # A row that has ended waits at the cache's last place; what it does there no other row sees.
+        positions = torch.tensor([[min(place, max(ends) - 1)] for place in places], device=device)  # (B, 1)
+        places = [place + 1 for place in places]
+        cache.length = min(cache.length + 1, max(ends))
+        hidden, _ = model.hidden(new[:, None], positions, cache)  # (B, 1, D)
+        logits = model.lm_head(hidden[:, -1])  # (B, V)
 
 
 def complete(model: Model, tokenizer: Tokenizer, prompts: list[list[int]], config: SampleConfig) -> list[str]:

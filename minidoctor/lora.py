@@ -36,7 +36,7 @@ class LoRAExperts(nn.Linear):
         # B = 0 makes every expert a no-op at step 0, so training starts from the pretrained model.
         nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))  # as in the LoRA authors' code
 
-    def forward(self, x: Tensor, gates: Tensor) -> Tensor:
+    def forward(self, x: Tensor, gates: Tensor) -> Tensor:  # type: ignore[override]
         """(B, T, D_in) and gates (B, T, E) -> (B, T, D_out)."""
         # The experts stay in float32 for the optimizer and are used in the dtype of x.
         lora_a, lora_b = self.lora_a.to(x.dtype), self.lora_b.to(x.dtype)

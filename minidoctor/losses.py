@@ -36,9 +36,7 @@ def load_balance_loss(probs: Tensor, expert_ids: Tensor, real: Tensor) -> Tensor
     return n_experts * (f * p).sum()
 
 
-def contrastive_routing_loss(
-    z: Tensor, gates: Tensor, keys: Tensor, filled: Tensor, temperature: float
-) -> Tensor:
+def contrastive_routing_loss(z: Tensor, gates: Tensor, keys: Tensor, filled: Tensor, temperature: float) -> Tensor:
     """A token should look like what its experts have served before, and unlike what the others served.
 
     For anchors z (..., n, Z) with gates (..., n, E) and remembered keys (..., E, C, Z), `filled` (..., E, C):
@@ -49,16 +47,15 @@ def contrastive_routing_loss(
     Soft-target InfoNCE: https://arxiv.org/abs/2306.00984, eq. 4. The gradient reaches the router through z.
     """
     count = filled.sum(-1)  # (..., E)
+    empty = ~filled.unsqueeze(-3)  # (..., 1, E, C)
     mass = gates.detach() * (count > 0).unsqueeze(-2)  # (..., n, E)
-    total = mass.sum(-1, keepdim=True)  # (..., n, 1)
-    mass = mass / total.clamp_min(torch.finfo(mass.dtype).tiny)
+    total = mass.sum(-1)  # (..., n)
+    mass = mass / total.clamp_min(torch.finfo(mass.dtype).tiny).unsqueeze(-1)
     similarity = torch.einsum("...nz,...ecz->...nec", z, keys) / temperature  # (..., n, E, C)
-    similarity = similarity.masked_fill(~filled.unsqueeze(-3), -torch.inf)
-    log_normalizer = similarity.flatten(-2).logsumexp(-1)  # (..., n)
-    # Sum over keys of target * similarity: for each expert the mean similarity to its keys, times its mass.
-    mean = similarity.masked_fill(~filled.unsqueeze(-3), 0).sum(-1) / count.clamp_min(1).unsqueeze(
-        -2
-    )  # (..., n, E)
-    loss = log_normalizer - (mass * mean).sum(-1)  # (..., n)
-    # `where` on the loss alone would still send the gradient of an infinite normalizer back as NaN.
-    return torch.where(total.squeeze(-1) > 0, loss, 0.0).mean()
+    # The lowest number and not -inf, whose gradient would be NaN where a layer has no key at all.
+    lowest = torch.finfo(similarity.dtype).min
+    normalizer = similarity.masked_fill(empty, lowest).flatten(-2).logsumexp(-1)  # (..., n)
+    # The target's keys come in groups of equal weight: the mean over an expert's keys, times its mass.
+    mean = similarity.masked_fill(empty, 0).sum(-1) / count.clamp_min(1).unsqueeze(-2)  # (..., n, E)
+    loss = normalizer - (mass * mean).sum(-1)  # (..., n)
+    return torch.where(total > 0, loss, 0.0).mean()

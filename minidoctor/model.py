@@ -115,9 +115,7 @@ class Attention(nn.Module):
         if cache:
             k, v = cache.write(self.layer, positions, k, v)  # (B, G, S, C)
             mask = positions[:, None, :, None] >= torch.arange(k.shape[2], device=x.device)  # (B, 1, T, S)
-        out = F.scaled_dot_product_attention(
-            q, k, v, mask, is_causal=mask is None, enable_gqa=True
-        )  # (B, H, T, C)
+        out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=True)  # (B, H, T, C)
         return apply(self.o_proj, out.transpose(1, 2).flatten(2), routing), routing  # (B, T, D)
 
 

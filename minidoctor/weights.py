@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from minidoctor.config import AdapterConfig, ModelConfig
+from minidoctor.config import AdapterConfig, ModelConfig, from_json
 from minidoctor.model import Model, adapter_state, is_adapter_name
 
 DTYPES = {
@@ -103,9 +103,7 @@ def write_atomically(path: Path, *parts: bytes | memoryview) -> None:
         temporary.replace(path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise OSError(
-            f"{path}: could not be written ({error.strerror}); what was there before is unchanged"
-        ) from None
+        raise OSError(f"{path}: could not be written ({error.strerror}); what was there before is unchanged") from None
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -121,9 +119,7 @@ def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
         start = file.read(8)
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
         if 8 + length > size or length > LARGEST_HEADER:
-            raise ValueError(
-                f"{path}: truncated or no safetensors file: header of {length} bytes, file of {size}"
-            )
+            raise ValueError(f"{path}: truncated or no safetensors file: header of {length} bytes, file of {size}")
         try:
             header = json.loads(file.read(length).decode(), object_pairs_hook=unique_keys)
         except (ValueError, RecursionError) as error:
@@ -159,6 +155,8 @@ def parse_entry(path: Path, name: str, entry: Any, data_start: int, size: int) -
         raise ValueError(f"{path}: {name}: dtype {code!r:.40} is not supported, only {', '.join(DTYPES)}")
     if not natural(shape) or not natural(offsets) or len(offsets) != 2 or len(shape) > 8:
         raise ValueError(f"{path}: {name}: bad shape or data_offsets")
+    if math.prod(max(n, 1) for n in shape) > 2**60:  # also of an empty tensor: torch multiplies the rest
+        raise ValueError(f"{path}: {name}: bad shape or data_offsets")
     begin, end = (data_start + offset for offset in offsets)
     if end > size:
         raise ValueError(f"{path}: truncated: {name} ends at byte {end}, the file at {size}")
@@ -174,13 +172,11 @@ def read_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
         for name, entry in entries.items():
             tensor = torch.empty(entry.shape, dtype=entry.dtype)
             file.seek(entry.begin)
-            file.readinto(tensor.flatten().view(torch.uint8).numpy())  # into its memory: no second copy
+            file.readinto(tensor.flatten().view(torch.uint8).numpy().data)  # into its memory: no second copy
             yield name, tensor
 
 
-def write_tensors(
-    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
-) -> None:
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Raises OSError, leaving what was there before."""
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     # Widest dtype first, as the format's own library does, so that every tensor is aligned to its dtype.
@@ -195,9 +191,7 @@ def write_tensors(
         }
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    flats = (
-        tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data for _, tensor in ordered
-    )
+    flats = (tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data for _, tensor in ordered)
     write_atomically(path, struct.pack("<Q", len(text)), text, *flats)
 
 
@@ -212,8 +206,8 @@ def checkpoint_files(directory: Path) -> list[Path]:
     if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
         raise ValueError(f"{index}: weight_map must map tensor names to files")
     for name in names.values():
-        if Path(name).name != name or not name.endswith(".safetensors"):
-            raise ValueError(f"{index}: {name!r} is no safetensors file of this directory")
+        if Path(name).name != name or not name.endswith(".safetensors") or len(name) > 200:
+            raise ValueError(f"{index}: {name!r:.60} is no safetensors file of this directory")
     return [directory / name for name in sorted(set(names.values()))]
 
 
@@ -224,21 +218,19 @@ def read_model_config(directory: str | Path) -> ModelConfig:
     for key, expected in FIXED.items():
         if given.get(key, expected) != expected:
             raise ValueError(f"{path}: {key} is {given[key]!r:.60}, supported is {expected!r}")
+    rope = given.get("rope_parameters") or {}  # where newer files keep what older ones have at the top
+    if not isinstance(rope, dict) or rope.get("rope_type", "default") != "default":
+        raise ValueError(f"{path}: rope_parameters is {rope!r:.60}, supported is rope_type 'default'")
+    given = {key: rope[key] for key in ("rope_theta",) if key in rope} | given
     known = SILENT | {key: value for key, value in given.items() if value is not None}
     known.setdefault("num_key_value_heads", known.get("num_attention_heads"))
+    if known.get("head_dim") is None and isinstance(known.get("hidden_size"), int):
+        heads = known.get("num_attention_heads")
+        known["head_dim"] = known["hidden_size"] // heads if isinstance(heads, int) and heads > 0 else 0
+    if missing := [key for key in KEYS.values() if known.get(key) is None]:
+        raise ValueError(f"{path}: no {', '.join(missing)}")
     try:
-        known.setdefault("head_dim", known["hidden_size"] // known["num_attention_heads"])
-        fields = {field: known[key] for field, key in KEYS.items()}
-    except (KeyError, TypeError, ZeroDivisionError) as error:
-        raise ValueError(f"{path}: missing or bad setting ({error})") from None
-    for field, value in fields.items():
-        kind = {"tied": bool, "norm_eps": (int, float), "rope_theta": (int, float)}.get(field, int)
-        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-            raise ValueError(
-                f"{path}: {KEYS[field]} is {value!r:.60}, expected a {getattr(kind, '__name__', 'number')}"
-            )
-    try:
-        return ModelConfig(**fields)
+        return from_json(ModelConfig, {field: known[key] for field, key in KEYS.items()})
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
@@ -297,15 +289,11 @@ def check_names(
             raise ValueError(f"{directory}: {len(names)} tensors are {what}: {', '.join(sorted(names)[:4])}")
 
 
-def save_model(
-    model: Model, directory: str | Path, dtype: torch.dtype = torch.bfloat16, **extra: Any
-) -> None:
+def save_model(model: Model, directory: str | Path, dtype: torch.dtype = torch.bfloat16, **extra: Any) -> None:
     """Writes config.json and model.safetensors as `load_model`, or any other reader of the format, takes them."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    state = {
-        name: tensor.to(dtype) for name, tensor in model.state_dict().items() if not is_adapter_name(name)
-    }
+    state = {name: tensor.to(dtype) for name, tensor in model.state_dict().items() if not is_adapter_name(name)}
     if model.config.tied:
         del state["lm_head.weight"]
     settings = {key: getattr(model.config, field) for field, key in KEYS.items()}

@@ -1,0 +1,138 @@
+"""A tiny tokenizer, a tiny random model and an adapter for it, as the directories that the programs read."""
+
+import io
+import json
+
+import pytest
+import sentencepiece
+import torch
+from torch import nn
+
+from minidoctor.checkpoint import ADAPTER, load_adapted_model, save_adapter_config
+from minidoctor.config import AdapterConfig, ModelConfig
+from minidoctor.model import Model, adapter_state
+from minidoctor.tokenizer import MARKERS, load_tokenizer
+from minidoctor.weights import load_model, save_model, write_tensors
+
+torch.set_num_threads(1)  # products this small only wait for a second thread
+
+SENTENCES = (
+    "The key test for gout is uric acid in the joint fluid.",
+    "Gout is treated in rheumatology. Asthma is treated in pneumology.",
+    "The typical symptoms of asthma are wheezing and a cough at night.",
+    "痛风的关键检查是关节液中的尿酸。痛风属于风湿科。",
+    "哮喘的典型症状是喘息和夜间咳嗽。哮喘属于呼吸科。",
+)
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def make_tokenizer(tmp_path_factory):
+    """BPE with byte fallback, as data/make_base.py trains it."""
+
+    def make(**settings):
+        model = io.BytesIO()
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(SENTENCES * 4),
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=420,
+            hard_vocab_limit=False,
+            byte_fallback=True,
+            character_coverage=1.0,
+            normalization_rule_name="identity",
+            split_digits=True,
+            num_threads=1,
+            minloglevel=2,
+            **settings,
+        )
+        directory = tmp_path_factory.mktemp("tokenizer")
+        (directory / "tokenizer.model").write_bytes(model.getvalue())
+        return load_tokenizer(directory)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tokenizer(make_tokenizer):
+    return make_tokenizer(control_symbols=list(MARKERS.values()))
+
+
+@pytest.fixture(scope="session")
+def config(tokenizer):
+    return ModelConfig(
+        vocab_size=tokenizer.vocab_size,
+        dim=32,
+        n_layers=2,
+        n_heads=4,
+        n_kv_heads=2,
+        head_dim=8,
+        ffn_dim=48,
+        max_seq_len=128,
+    )
+
+
+def random_model(config: ModelConfig, seed: int) -> Model:
+    """Weights large enough that every layer and every earlier token has a say in the next one."""
+    torch.manual_seed(seed)
+    model = Model(config)
+    for name, parameter in model.named_parameters():
+        nn.init.normal_(parameter, 1.0 if "norm" in name else 0.0, 0.3)
+    return model.eval()
+
+
+@pytest.fixture(scope="session")
+def base_dir(tmp_path_factory, config, tokenizer):
+    """Not to be changed by a test: copy it first."""
+    directory = tmp_path_factory.mktemp("base")
+    save_model(random_model(config, seed=1), directory, dtype=torch.float32)
+    (directory / "tokenizer.model").write_bytes(tokenizer.pieces.serialized_model_proto())
+    return directory
+
+
+@pytest.fixture
+def model(base_dir):
+    return load_model(base_dir)
+
+
+@pytest.fixture(scope="session")
+def adapter():
+    return AdapterConfig(
+        n_experts=4, top_k=2, rank=2, alpha=4.0, targets=("q_proj", "up_proj", "down_proj"), routing_dim=4
+    )
+
+
+@pytest.fixture(scope="session")
+def adapter_dir(tmp_path_factory, base_dir, adapter):
+    """Experts that do something: lora_b is not zero. Not to be changed by a test: copy it first."""
+    directory = tmp_path_factory.mktemp("adapter")
+    torch.manual_seed(2)
+    state = adapter_state(load_model(base_dir, adapter=adapter))
+    for name, tensor in state.items():
+        if name.endswith("lora_b"):
+            nn.init.normal_(tensor)
+    save_adapter_config(directory, str(base_dir), adapter)
+    write_tensors(directory / ADAPTER, state)
+    return directory
+
+
+@pytest.fixture
+def adapted(base_dir, adapter_dir):
+    return load_adapted_model(base_dir, adapter_dir)
+
+
+@pytest.fixture
+def rows_file(tmp_path):
+    """Writes rows as JSON lines and returns the path; text is written as it is."""
+
+    def write(*rows, name="rows.jsonl"):
+        path = tmp_path / name
+        lines = [row if isinstance(row, str) else json.dumps(row, ensure_ascii=False) for row in rows]
+        path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+        return path
+
+    return write

@@ -1,0 +1,176 @@
+import json
+import random
+import shutil
+
+import pytest
+import torch
+
+from minidoctor.checkpoint import (
+    ADAPTER,
+    CONFIG,
+    STATE,
+    load_adapted_model,
+    read_adapter_config,
+    read_run,
+    save_training_state,
+)
+from minidoctor.config import AdapterConfig, TrainConfig
+from minidoctor.model import adapter_state
+from minidoctor.weights import fingerprint, load_model, read_tensors, save_model, write_tensors
+
+
+@pytest.fixture
+def copy(tmp_path, adapter_dir):
+    return shutil.copytree(adapter_dir, tmp_path / "adapter")
+
+
+def test_a_saved_adapter_comes_back_on_its_base(base_dir, adapter_dir, adapter):
+    expected = dict(read_tensors(adapter_dir / ADAPTER))
+    model = load_adapted_model(base_dir, adapter_dir)
+    back = adapter_state(model)
+    assert model.adapter == adapter
+    assert not model.training
+    assert set(back) == set(expected)
+    for name, tensor in back.items():
+        assert torch.equal(tensor, expected[name]), name
+        assert tensor.dtype == torch.float32
+
+
+def test_a_loaded_adapter_computes_what_it_computed_before(tmp_path, base_dir, adapted, copy, config):
+    tokens = torch.randint(0, config.vocab_size, (2, 7))
+    write_tensors(copy / ADAPTER, adapter_state(adapted))
+    logits = load_adapted_model(base_dir, copy)(tokens)[0]
+    assert torch.equal(logits, adapted(tokens)[0])
+    assert (logits - load_model(base_dir)(tokens)[0]).abs().max() > 0.1  # the experts do something
+
+
+def test_an_adapter_of_another_base_is_refused_with_both_names(tmp_path, base_dir, adapter_dir, model):
+    with torch.no_grad():
+        model.model.norm.weight[0] += 0.25
+    other = tmp_path / "other"
+    save_model(model, other, dtype=torch.float32)
+    with pytest.raises(ValueError, match="the adapter was trained on") as refused:
+        load_adapted_model(other, adapter_dir)
+    message = str(refused.value)
+    for expected in (repr(base_dir.name), str(other), fingerprint(base_dir)[:12], fingerprint(other)[:12]):
+        assert expected in message
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop(min(t)), "1 tensors are missing or unexpected: model.layers.0"),
+        (lambda t: t.update(extra=torch.zeros(1)), "1 tensors are missing or unexpected: extra"),
+        (lambda t: t.update({min(t): torch.zeros(3)}), r"expected torch\.float32"),
+        (lambda t: t.update({min(t): t[min(t)].bfloat16()}), r"is torch\.bfloat16 .*expected torch\.float32"),
+    ],
+)
+def test_a_damaged_adapter_is_refused_with_the_tensors_name(base_dir, copy, change, message):
+    tensors = dict(read_tensors(copy / ADAPTER))
+    change(tensors)
+    write_tensors(copy / ADAPTER, tensors)
+    with pytest.raises(ValueError, match=message):
+        load_adapted_model(base_dir, copy)
+
+
+def test_a_truncated_or_missing_adapter_is_refused(base_dir, copy):
+    content = (copy / ADAPTER).read_bytes()
+    for n in (0, 7, 100, len(content) - 1):
+        (copy / ADAPTER).write_bytes(content[:n])
+        with pytest.raises(ValueError, match=r"adapter\.safetensors"):
+            load_adapted_model(base_dir, copy)
+    for name in (ADAPTER, CONFIG):
+        (copy / name).unlink()
+        with pytest.raises(FileNotFoundError, match=name):
+            load_adapted_model(base_dir, copy)
+
+
+def test_an_adapter_config_that_is_no_config_is_refused(base_dir, copy):
+    for text in ("", "{", "[]", "null", "{}", '{"base": []}', '{"base": {}, "adapter": {}}', "[" * 100_000):
+        (copy / CONFIG).write_text(text)
+        with pytest.raises(ValueError, match=r"adapter_config\.json"):
+            load_adapted_model(base_dir, copy)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"n_experts": 5},
+        {"n_experts": 0},
+        {"n_experts": "4"},
+        {"n_experts": 4.0},
+        {"n_experts": 10**30},
+        {"top_k": 5},
+        {"top_k": 2.0},
+        {"rank": 3},
+        {"rank": 2.5},
+        {"rank": 10**15},
+        {"alpha": None},
+        {"alpha": float("nan")},
+        {"routing_dim": 4.0},
+        {"routing_dim": -4},
+        {"targets": None},
+        {"targets": []},
+        {"targets": "up_proj"},
+        {"targets": [["up_proj"]]},
+        {"targets": ["up_proj", "up_proj"]},
+        {"targets": ["up_proj"]},
+        {"targets": ["lm_head"]},
+        {"unheard_of": 1},
+    ],
+    ids=lambda changes: str(changes)[:40],
+)
+def test_a_damaged_adapter_config_is_refused(base_dir, copy, changes):
+    content = json.loads((copy / CONFIG).read_text())
+    content["adapter"] |= changes
+    (copy / CONFIG).write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="adapter"):
+        load_adapted_model(base_dir, copy)
+
+
+@pytest.mark.parametrize("base", [None, [], "name", {}, {"name": "base"}, {"name": "base", "fingerprint": 5}])
+def test_an_adapter_config_with_a_damaged_base_is_refused(base_dir, copy, base):
+    content = json.loads((copy / CONFIG).read_text()) | {"base": base}
+    (copy / CONFIG).write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"adapter_config\.json"):
+        read_adapter_config(copy, base_dir)
+
+
+def test_100_mutated_adapters_load_or_are_refused(base_dir, copy):
+    draw, refused = random.Random(0), 0
+    for name in (CONFIG, ADAPTER):
+        content = (copy / name).read_bytes()
+        for _ in range(50):
+            changed = bytearray(content)
+            changed[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
+            (copy / name).write_bytes(changed[: draw.choice([len(content), len(content), 200])])
+            try:
+                load_adapted_model(base_dir, copy)
+            except (ValueError, FileNotFoundError):
+                refused += 1
+        (copy / name).write_bytes(content)
+    load_adapted_model(base_dir, copy)
+    assert 50 < refused < 100
+
+
+def test_a_run_comes_back_as_it_was_saved(tmp_path):
+    run = {"step": 3, "seconds": 0.5, "tokens": 70, "load": [[0.5, 0.5]], "eval_before": None}
+    run |= {"config": {"lr": 0.1, "data": "痛风.jsonl"}, "adapter": {"rank": 2}, "data": "a digest"}
+    save_training_state(tmp_path, {"a": torch.ones(2)}, run)
+    configs = {"config": TrainConfig(lr=0.1, data="痛风.jsonl"), "adapter": AdapterConfig(rank=2)}
+    assert read_run(tmp_path) == run | configs
+
+
+def test_a_run_that_is_not_there_or_damaged_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nothing to resume"):
+        read_run(tmp_path)
+    (tmp_path / STATE).write_bytes(b"\0" * 5)
+    with pytest.raises(ValueError, match="truncated"):
+        read_run(tmp_path)
+
+
+@pytest.mark.parametrize("metadata", [{}, {"run": "{"}, {"run": "[]"}, {"run": "{}"}], ids=str)
+def test_a_training_state_without_a_run_is_refused(tmp_path, metadata):
+    write_tensors(tmp_path / STATE, {"a": torch.ones(2)}, metadata)
+    with pytest.raises(ValueError, match="no training state"):
+        read_run(tmp_path)

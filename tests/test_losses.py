@@ -1,0 +1,112 @@
+import math
+
+import torch
+import torch.nn.functional as F
+
+from minidoctor.losses import contrastive_routing_loss, language_model_loss, load_balance_loss
+
+
+def random_contrast(dtype=torch.float32):
+    """Two layers, 5 anchors, 4 experts of which one has no key, rings of 6."""
+    torch.manual_seed(0)
+    z = F.normalize(torch.randn(2, 5, 3, dtype=dtype), dim=-1)
+    gates = torch.rand(2, 5, 4, dtype=dtype) * (torch.rand(2, 5, 4) > 0.5)
+    gates[:, 0] = torch.tensor([0.0, 0.0, 0.0, 1.0])  # served only by the expert without keys
+    gates[:, 1] = torch.tensor([0.5, 0.0, 0.0, 0.5])  # half by it
+    keys = F.normalize(torch.randn(2, 4, 6, 3, dtype=dtype), dim=-1)
+    filled = torch.arange(6) < torch.tensor([[6, 2, 1, 0], [3, 6, 4, 0]])[..., None]
+    return z, gates, keys, filled
+
+
+def double_loop(z, gates, keys, filled, temperature):
+    losses = []
+    for layer in range(len(z)):
+        for i in range(z.shape[1]):
+            similarity, target = [], []
+            for e in range(keys.shape[1]):
+                n = int(filled[layer, e].sum())
+                for c in range(n):
+                    similarity.append(z[layer, i] @ keys[layer, e, c] / temperature)
+                    target.append(gates[layer, i, e] / n)
+            if sum(target) == 0:
+                losses.append(torch.tensor(0.0, dtype=z.dtype))
+                continue
+            log_probs = torch.stack(similarity).log_softmax(0)
+            losses.append(-(torch.stack(target) / sum(target) * log_probs).sum())
+    return torch.stack(losses).mean()
+
+
+def test_contrastive_loss_equals_a_double_loop():
+    args = random_contrast()
+    torch.testing.assert_close(contrastive_routing_loss(*args, 0.1), double_loop(*args, 0.1))
+
+
+def test_contrastive_loss_passes_gradcheck_and_reaches_only_z():
+    z, gates, keys, filled = random_contrast(torch.float64)
+    z.requires_grad_(), gates.requires_grad_()
+    assert torch.autograd.gradcheck(lambda z: contrastive_routing_loss(z, gates.detach(), keys, filled, 0.1), z)
+    contrastive_routing_loss(z, gates, keys, filled, 0.1).backward()
+    assert gates.grad is None
+    assert (z.grad[:, 0] == 0).all()  # nothing to compare with: no gradient, and not NaN
+
+
+def test_loss_is_log_m_when_all_keys_are_alike():
+    keys = F.normalize(torch.ones(2, 4, 3), dim=-1)
+    loss = contrastive_routing_loss(
+        torch.randn(5, 3), torch.tensor([1.0, 0.0]).expand(5, 2), keys, torch.ones(2, 4, dtype=bool), 0.07
+    )
+    torch.testing.assert_close(loss, torch.tensor(math.log(8)))
+
+
+def test_empty_queue_gives_exactly_zero_and_no_gradient():
+    z, gates, keys, _ = random_contrast()
+    z.requires_grad_()
+    loss = contrastive_routing_loss(z, gates, keys, torch.zeros(2, 4, 6, dtype=bool), 0.1)
+    loss.backward()
+    assert loss == 0
+    assert (z.grad == 0).all()
+
+
+def test_a_token_is_pulled_to_what_its_expert_served():
+    """One step against the gradient makes it look more like its own expert's keys than before."""
+    keys = torch.tensor([[[1.0, 0.0]], [[0.0, 1.0]]])  # (E, C, Z)
+    z = F.normalize(torch.ones(1, 2), dim=-1).requires_grad_()
+    gates = torch.tensor([[1.0, 0.0]])
+    contrastive_routing_loss(z, gates, keys, torch.ones(2, 1, dtype=bool), 0.5).backward()
+    assert z.grad[0, 0] < 0 < z.grad[0, 1]
+
+
+def test_balance_is_one_when_even_and_e_when_collapsed():
+    even = torch.arange(4).expand(2, 3, 4)[..., :1] * 0 + torch.arange(4).repeat(6)[:6].view(2, 3, 1) % 2
+    probs = torch.full((2, 3, 2), 0.5)
+    real = torch.ones(2, 3, dtype=bool)
+    torch.testing.assert_close(load_balance_loss(probs, even, real), torch.tensor(1.0))
+    probs = torch.tensor([1.0, 0.0, 0.0]).expand(2, 3, 3)
+    collapsed = torch.zeros(2, 3, 1, dtype=torch.long)
+    torch.testing.assert_close(load_balance_loss(probs, collapsed, real), torch.tensor(3.0))
+
+
+def test_balance_equals_counting_and_leaves_padding_out():
+    torch.manual_seed(0)
+    probs = torch.randn(2, 6, 4).softmax(-1)
+    expert_ids = probs.topk(2).indices
+    real = torch.rand(2, 6) > 0.4
+    f, p, n = [0.0] * 4, [0.0] * 4, int(real.sum())
+    for b, t in real.nonzero().tolist():
+        for e in range(4):
+            f[e] += (e in expert_ids[b, t].tolist()) / (2 * n)
+            p[e] += probs[b, t, e].item() / n
+    expected = 4 * sum(x * y for x, y in zip(f, p, strict=True))
+    torch.testing.assert_close(load_balance_loss(probs, expert_ids, real), torch.tensor(expected))
+    probs[~real], expert_ids[~real] = 0.9, 0
+    torch.testing.assert_close(load_balance_loss(probs, expert_ids, real), torch.tensor(expected))
+
+
+def test_language_model_loss_equals_cross_entropy_on_all_positions():
+    torch.manual_seed(0)
+    hidden, head = torch.randn(2, 5, 8), torch.randn(11, 8)
+    targets = torch.randint(0, 11, (2, 5))
+    targets[torch.rand(2, 5) > 0.5] = -100
+    answers = (targets.flatten() != -100).nonzero().squeeze(1)
+    expected = F.cross_entropy((hidden @ head.T).flatten(0, 1), targets.flatten(), reduction="sum")
+    torch.testing.assert_close(language_model_loss(hidden, head, targets, answers), expected)

@@ -1,0 +1,194 @@
+import io
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import sample
+from minidoctor.config import SampleConfig, run
+from minidoctor.generate import complete
+from minidoctor.model import Model
+from minidoctor.weights import save_model
+
+ROOT = Path(sample.__file__).parent
+STORIES = ROOT.parent / "shared" / "weights" / "stories260k"
+SHORT = SampleConfig(max_new_tokens=8)
+
+
+@pytest.fixture
+def ask(monkeypatch, capsys):
+    """Runs sample.py with these words and this typed in; returns exit code, stdout and stderr."""
+
+    def ask(*words, typed=""):
+        monkeypatch.setattr(sys, "argv", ["sample.py", "--device", "cpu", *map(str, words)])
+        monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
+        code = 0
+        try:
+            run(sample.main)
+        except SystemExit as ended:
+            code = ended.code
+        return code, *capsys.readouterr()
+
+    return ask
+
+
+@pytest.fixture
+def answer(model, tokenizer):
+    """What the base answers at the end of a conversation: user, assistant, user, ..."""
+
+    def answer(*texts):
+        messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
+        return complete(model, tokenizer, [tokenizer.chat(messages)], SHORT)[0]
+
+    return answer
+
+
+def shown(text):
+    return sample.printable(text) + "\n"
+
+
+def test_one_question_gets_its_greedy_answer_and_a_warning(ask, base_dir, answer):
+    code, out, err = ask("gout?", "--base", base_dir, "--max-new-tokens", 8)
+    assert (code, out) == (0, shown(answer("gout?")))
+    assert err == sample.WARNING + "\n"
+
+
+def test_an_adapter_answers_with_its_experts(ask, base_dir, adapter_dir, adapted, tokenizer, answer):
+    _, out, _ = ask("gout?", "--base", base_dir, "--adapter", adapter_dir, "--max-new-tokens", 8)
+    prompt = tokenizer.chat([{"role": "user", "content": "gout?"}])
+    assert out == shown(complete(adapted, tokenizer, [prompt], SHORT)[0])
+    assert out != shown(answer("gout?"))
+
+
+def test_the_same_seed_answers_the_same(ask, base_dir):
+    words = ["gout?", "--base", base_dir, "--temperature", 1, "--max-new-tokens", 20, "--seed"]
+    outs = [ask(*words, seed)[1] for seed in (1, 1, 2)]
+    assert outs[0] == outs[1] != outs[2]
+
+
+def test_raw_goes_on_with_a_text(ask, base_dir, model, tokenizer):
+    prompt = [tokenizer.bos_id, *tokenizer.encode("The key test")]
+    for text, tokens in (("The key test", prompt), ("", prompt[:1])):
+        _, out, err = ask("--raw", text, "--base", base_dir, "--max-new-tokens", 8)
+        assert out == shown(complete(model, tokenizer, [tokens], SHORT)[0])
+        assert err == ""
+
+
+def test_a_chat_is_asked_with_what_was_said_until_it_is_reset(ask, base_dir, answer):
+    typed = "gout?\nasthma?\n\n/reset\nasthma?\n/quit\nnever asked\n"
+    code, out, _ = ask("--base", base_dir, "--max-new-tokens", 8, typed=typed)
+    first = answer("gout?")
+    second, alone = answer("gout?", first, "asthma?"), answer("asthma?")
+    assert second != alone
+    greeting, rest = out.split("\n", 1)
+    assert "/reset" in greeting
+    assert rest == f"> {shown(first)}> {shown(second)}> > (forgotten)\n> {shown(alone)}> "
+    assert code == 0
+
+
+def test_an_unknown_command_is_named_and_not_asked(ask, base_dir):
+    code, out, _ = ask("--base", base_dir, typed="/rest now\n")
+    assert "no such command: /rest; there are /reset and /quit\n> \n" in out
+    assert code == 0
+
+
+def test_the_end_of_the_input_ends_a_chat(ask, base_dir, answer):
+    code, out, _ = ask("--base", base_dir, "--max-new-tokens", 8, typed="gout?")
+    assert out.endswith(f"> {shown(answer('gout?'))}> \n")
+    assert code == 0
+
+
+def test_a_question_too_long_for_the_context_is_refused_and_forgotten(ask, base_dir, answer):
+    typed = "gout? " * 200 + "\nasthma?\n/quit\n"
+    code, out, _ = ask("--base", base_dir, "--max-new-tokens", 8, typed=typed)
+    assert "tokens, the model reads at most 128" in out
+    assert out.endswith(f"> {shown(answer('asthma?'))}> ")
+    assert code == 0
+
+
+def test_a_long_chat_forgets_its_oldest_messages(tokenizer):
+    messages = [{"role": ("user", "assistant")[i % 2], "content": f"message {i} about gout"} for i in range(21)]
+    kept, dropped = sample.fitting(messages, tokenizer, 100)
+    assert kept == messages[dropped:]
+    assert kept[0]["role"] == "user"
+    assert len(tokenizer.chat(kept)) <= 50 < len(tokenizer.chat(messages[dropped - 2 :]))
+    assert sample.fitting(messages[:1], tokenizer, 1) == (messages[:1], 0)
+
+
+@pytest.mark.parametrize("words", [["gout?"], [], ["--raw", "gout?"]])
+def test_control_characters_that_the_model_writes_do_not_reach_the_terminal(
+    ask, base_dir, tokenizer, monkeypatch, words
+):
+    evil = "\x1b[2J\x07 \x9b31m\u202egout\n尿酸"
+    monkeypatch.setattr(sample, "generate", lambda *_: iter([token] for token in tokenizer.encode(evil)))
+    _, out, _ = ask(*words, "--base", base_dir, typed="gout?\n")
+    assert "\\x1b[2J\\x07 \\x9b31m\\u202egout\n尿酸" in out
+    assert not any(char in out for char in "\x1b\x07\x9b\u202e")
+
+
+def test_ctrl_c_ends_an_answer_and_not_the_chat(ask, base_dir, tokenizer, monkeypatch):
+    def interrupted(*_):
+        yield from ([token] for token in tokenizer.encode("uric"))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sample, "generate", interrupted)
+    code, out, _ = ask("--base", base_dir, typed="gout?\n/quit\n")
+    assert out.endswith("> uric\n> ")
+    assert code == 0
+
+
+@pytest.mark.skipif(not STORIES.is_dir(), reason="needs the shared checkpoint stories260k")
+def test_the_greedy_story_of_a_real_checkpoint_is_told_byte_for_byte(ask):
+    code, out, _ = ask("--base", STORIES, "--raw", "")
+    assert code == 0
+    assert out.encode() == (STORIES / "greedy.txt").read_bytes()
+
+
+def damaged(adapter_dir, directory):
+    shutil.copytree(adapter_dir, directory)
+    (directory / "adapter.safetensors").write_bytes(b"\0" * 50)
+    return directory
+
+
+def test_bad_input_ends_in_one_line_on_stderr_and_exit_code_2(ask, tmp_path, base_dir, adapter_dir):
+    base = ["--base", base_dir]
+    cases = [
+        (["gout?", "--base", tmp_path / "nowhere"], "nowhere"),
+        (["gout?", *base, "--adapter", tmp_path / "none"], "adapter_config.json: no such file"),
+        (["gout?", *base, "--adapter", damaged(adapter_dir, tmp_path / "bad")], "adapter.safetensors"),
+        (["gout?", *base, "--device", "tpu"], "device must be"),
+        (["gout?", *base, "--dtype", "int8"], "dtype must be"),
+        (["gout?", *base, "--temperature", -1], "temperature must be at least 0, got -1.0"),
+        (["gout? " * 200, *base], "the model reads at most 128"),
+        ([" ", *base], "the question is empty"),
+        (["--raw", *base], "--raw needs a text"),
+    ]
+    for words, message in cases:
+        code, out, err = ask(*words)
+        assert (code, out) == (2, ""), words
+        line = err.removeprefix(sample.WARNING + "\n")
+        assert line.startswith("sample.py: ")
+        assert message in line
+        assert line.count("\n") == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_a_gpu_that_is_not_there_ends_in_one_line_and_exit_code_2(base_dir):
+    words = [sys.executable, "sample.py", "gout?", "--base", str(base_dir), "--device", "cuda"]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.count("\n") == 1
+    assert done.stderr.startswith("sample.py: device cuda is not there")
+
+
+@pytest.mark.parametrize("difference", [-150, 500])
+def test_a_tokenizer_of_another_size_than_the_model_is_no_crash(ask, tmp_path, base_dir, config, difference):
+    shutil.copy(base_dir / "tokenizer.model", tmp_path)
+    save_model(Model(replace(config, vocab_size=config.vocab_size + difference)), tmp_path)
+    for seed in range(3):
+        words = ["痛风的关键检查？", "--base", tmp_path, "--temperature", 2, "--seed", seed]
+        assert ask(*words, "--max-new-tokens", 20)[0] in (0, 2)

@@ -1,0 +1,292 @@
+import dataclasses
+import itertools
+import json
+import math
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import train
+from minidoctor.checkpoint import ADAPTER, STATE, load_adapted_model, read_run
+from minidoctor.config import AdapterConfig, TrainConfig
+from minidoctor.data import Batch, Batches, encode, parse_row
+from minidoctor.losses import contrastive_routing_loss, load_balance_loss
+from minidoctor.model import adapter_state
+from minidoctor.weights import load_model, read_tensors
+
+ROOT = Path(__file__).parent.parent
+ADAPTER_CONFIG = AdapterConfig(n_experts=4, top_k=2, rank=2, alpha=4.0, routing_dim=4)
+
+
+@pytest.fixture
+def data(rows_file):
+    """24 rows of different lengths in both languages, some of them multiple choice."""
+    rng = random.Random(0)
+    rows = []
+    for i in range(24):
+        question = rng.choice(["What is the test for gout?", "痛风的检查是什么？", "Asthma?"])
+        if i % 4:
+            rows.append({"question": question, "answer": rng.choice(["uric acid", "尿酸", "a cough at night"])})
+        else:
+            rows.append({"question": question, "options": {"A": "gout", "B": "asthma"}, "answer": "B"})
+    return rows_file(*rows)
+
+
+@pytest.fixture
+def make_config(base_dir, data, tmp_path):
+    def make(**changes):
+        settings = {
+            "base": str(base_dir), "data": str(data), "eval": "", "out": str(tmp_path / "run"), "steps": 10,
+            "batch_size": 4, "lr": 1e-2, "warmup": 2, "contrast_weight": 0.5, "contrast_warmup": 0,
+            "n_anchors": 16, "queue_capacity": 4, "queue_share": 2, "log_every": 2, "save_every": 5,
+            "device": "cpu",
+        }  # fmt: skip
+        return TrainConfig(**(settings | changes))
+
+    return make
+
+
+def examples_of(config, tokenizer):
+    rows = [parse_row(json.loads(line), "") for line in Path(config.data).read_text().splitlines()]
+    return [encode(row.messages, tokenizer, config.max_seq_len) for row in rows]
+
+
+def one_step(config, tokenizer, parts=1, step=0, queue=None, change=lambda batch: batch):
+    """A step of a new model on the first batch: its figures, and the gradient it made."""
+    torch.manual_seed(0)
+    model = load_model(config.base, adapter=ADAPTER_CONFIG)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("lora_b"):
+                nn.init.normal_(parameter, std=0.3)
+    optimizer = torch.optim.SGD(train.trained_weights(model).values())
+    optimizer.step = optimizer.zero_grad = lambda: None  # keep the weights, and what backward made
+    batch = next(Batches(examples_of(config, tokenizer), config.batch_size, 0).starting_at(step))
+    batches = [change(part) for part in train.parts_of(batch, parts)]
+    figures = train.train_step(model, optimizer, queue, batches, step, config)
+    return model, figures, {name: p.grad for name, p in train.trained_weights(model).items()}
+
+
+def test_gradient_accumulation_equals_the_large_batch(make_config, tokenizer):
+    config = make_config(balance_weight=0.0, contrast_weight=0.0, clip=1e9, batch_size=8)
+    _, whole, expected = one_step(config, tokenizer, parts=1)
+    for parts in (2, 3, 8):
+        _, figures, gradient = one_step(config, tokenizer, parts=parts)
+        torch.testing.assert_close(figures.losses["lm"], whole.losses["lm"])
+        for name in expected:
+            torch.testing.assert_close(gradient[name], expected[name])
+
+
+def test_the_label_of_a_prompt_or_padding_token_cannot_change_the_loss(make_config, tokenizer):
+    def scrambled(batch: Batch) -> Batch:
+        targets = torch.randint_like(batch.targets, 50)
+        answers = torch.zeros(targets.numel(), dtype=torch.bool)
+        answers[batch.answers] = True
+        return batch._replace(targets=torch.where(answers.view_as(targets), batch.targets, targets))
+
+    config = make_config()
+    _, figures, gradient = one_step(config, tokenizer)
+    _, other, other_gradient = one_step(config, tokenizer, change=scrambled)
+    assert figures.losses["loss"] == other.losses["loss"]
+    assert all(torch.equal(gradient[name], other_gradient[name]) for name in gradient)
+
+    def relabeled(batch: Batch) -> Batch:  # an answer's label does
+        targets = batch.targets.flatten().clone()
+        targets[batch.answers[0]] += 1
+        return batch._replace(targets=targets.view_as(batch.targets))
+
+    assert one_step(config, tokenizer, change=relabeled)[1].losses["lm"] != figures.losses["lm"]
+
+
+def test_balance_is_taken_layer_by_layer_and_without_padding(make_config, tokenizer):
+    config = make_config()
+    seen = []
+    model, figures, _ = one_step(config, tokenizer, change=lambda batch: seen.append(batch) or batch)
+    with torch.no_grad():
+        _, routings = model(seen[0].tokens)
+    assert not seen[0].real.all()
+    each = [load_balance_loss(r.probs, r.expert_ids, seen[0].real) for r in routings]
+    torch.testing.assert_close(figures.losses["balance"], torch.stack(each).mean())
+    together = load_balance_loss(
+        torch.cat([r.probs for r in routings]),
+        torch.cat([r.expert_ids for r in routings]),
+        seen[0].real.repeat(len(routings), 1),
+    )
+    assert not torch.allclose(together, torch.stack(each).mean(), rtol=1e-3)
+
+
+def test_the_loss_meets_the_queue_before_this_step_enters_it(make_config, tokenizer):
+    config = make_config()
+    torch.manual_seed(0)
+    queue = train.make_queue(load_model(config.base, adapter=ADAPTER_CONFIG), config)
+    _, figures, _ = one_step(config, tokenizer, queue=queue)
+    assert figures.losses["contrast"] == 0  # nothing is remembered at step 0
+    assert queue.written.sum() > 0
+    keys, filled = queue.keys.clone(), queue.filled()
+    seen = []
+    model, figures, _ = one_step(
+        config, tokenizer, step=1, queue=queue, change=lambda batch: seen.append(batch) or batch
+    )
+    generator = torch.Generator().manual_seed(config.seed * 1_000_003 + 1)
+    anchors = seen[0].answers[torch.randperm(len(seen[0].answers), generator=generator)[: config.n_anchors]]
+    with torch.no_grad():
+        _, routings = model(seen[0].tokens)
+        z = torch.stack([r.z.flatten(0, 1)[anchors] for r in routings])
+        gates = torch.stack([r.gates.flatten(0, 1)[anchors] for r in routings])
+        expected = contrastive_routing_loss(z, gates, keys, filled, config.contrast_temperature)
+    torch.testing.assert_close(figures.losses["contrast"], expected)
+
+
+def test_total_is_the_weighted_sum_and_contrast_warms_up(make_config, tokenizer):
+    config = make_config(balance_weight=0.3, contrast_weight=0.5, contrast_warmup=4)
+    torch.manual_seed(0)
+    queue = train.make_queue(load_model(config.base, adapter=ADAPTER_CONFIG), config)
+    one_step(config, tokenizer, queue=queue)
+    _, figures, _ = one_step(config, tokenizer, step=1, queue=queue)
+    parts = figures.losses
+    assert parts["contrast"] > 0
+    expected = parts["lm"] + 0.3 * parts["balance"] + 0.5 * (2 / 4) * parts["contrast"]
+    torch.testing.assert_close(parts["loss"], expected)
+
+
+@pytest.mark.parametrize("switched_off", ["contrast_weight", "balance_weight"])
+def test_each_routing_loss_changes_what_the_router_learns(make_config, tokenizer, switched_off):
+    gradients = []
+    for config in (make_config(), make_config(**{switched_off: 0.0})):
+        torch.manual_seed(0)
+        queue = train.make_queue(load_model(config.base, adapter=ADAPTER_CONFIG), make_config())
+        one_step(config, tokenizer, queue=queue)
+        gradients.append(one_step(config, tokenizer, step=1, queue=queue)[2])
+    name = "model.layers.0.mlp.router.projection"
+    assert not torch.allclose(gradients[0][name], gradients[1][name])
+
+
+def contents(out):
+    """Everything that a run leaves, except how long it took."""
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    tensors = {name: tensor.tolist() for name, tensor in read_tensors(out / STATE)}
+    return (out / ADAPTER).read_bytes(), tensors, [{**row, "seconds": 0} for row in rows]
+
+
+def test_ten_steps_equal_five_resumed_for_five_bit_for_bit(make_config, tmp_path, monkeypatch):
+    train.train(make_config(out=str(tmp_path / "whole")), ADAPTER_CONFIG, {})
+    config = make_config(out=str(tmp_path / "parts"))
+
+    def stop_at_five(log, step, figures, seconds):
+        log.waiting.append((step, figures, seconds))
+        if step == 4:
+            signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Log, "add", stop_at_five)
+        train.train(config, ADAPTER_CONFIG, {})
+    assert read_run(tmp_path / "parts")["step"] == 5
+    assert not (tmp_path / "parts" / "report.json").exists()
+    given = {"out": config.out, "resume": True}
+    train.train(*train.start_or_resume(given))
+    assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
+    assert json.loads((tmp_path / "parts" / "report.json").read_text())["steps"] == 10
+
+
+def test_killed_at_any_moment_a_run_resumes_to_the_same_adapter(make_config, tmp_path):
+    config = make_config(steps=60, save_every=1, log_every=1)
+    flags = [
+        f"--{name.replace('_', '-')}={value}"
+        for name, value in {**dataclasses.asdict(config), **dataclasses.asdict(ADAPTER_CONFIG)}.items()
+        if name not in ("resume", "targets", "out")
+    ]
+
+    def start(out, *more):
+        command = [sys.executable, "train.py", "--out", str(out), *more]
+        return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    assert start(tmp_path / "whole", *flags).wait() == 0
+    rng, out = random.Random(0), tmp_path / "killed"
+    process = start(out, *flags)
+    for wanted in (1, 15, 30):
+        while not (out / STATE).exists() or read_run(out)["step"] < wanted:  # readable at any moment
+            assert process.poll() is None
+            time.sleep(0.01)
+        time.sleep(rng.random() * 0.05)
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+        assert read_run(out)["step"] < 60
+        load_adapted_model(config.base, out)
+        process = start(out, "--resume")
+    assert process.wait() == 0
+    assert (out / ADAPTER).read_bytes() == (tmp_path / "whole" / ADAPTER).read_bytes()
+
+
+def test_resume_refuses_what_the_run_was_not_started_with(make_config, tmp_path, data):
+    config = make_config(steps=2)
+    train.train(config, ADAPTER_CONFIG, {})
+    with pytest.raises(ValueError, match=r"lr is 0\.5, the run in .* was started with 0\.01"):
+        train.start_or_resume({"out": config.out, "resume": True, "lr": 0.5})
+    with pytest.raises(ValueError, match="holds a run already"):
+        train.start_or_resume({"out": config.out})
+    with pytest.raises(FileNotFoundError, match="nothing to resume"):
+        train.start_or_resume({"out": str(tmp_path / "nowhere"), "resume": True})
+    data.write_text(data.read_text() + '{"question": "new", "answer": "row"}\n')
+    with pytest.raises(ValueError, match="has changed since"):
+        train.train(*train.start_or_resume({"out": config.out, "resume": True}))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_is_never_saved(make_config, tmp_path):
+    config = make_config(lr=1e30, steps=50, log_every=2, save_every=2, warmup=0)
+    with pytest.raises(FloatingPointError, match=r"step \d+: .*not finite \(loss nan, lm nan"):
+        train.train(config, ADAPTER_CONFIG, {})
+    assert all(tensor.isfinite().all() for _, tensor in read_tensors(Path(config.out) / STATE))
+
+
+def test_training_learns_and_reports_both_evaluations(make_config, data):
+    config = make_config(steps=60, eval=str(data), batch_size=8)
+    train.train(config, ADAPTER_CONFIG, {})
+    out = Path(config.out)
+    report = json.loads((out / "report.json").read_text())
+    assert report["eval_after"]["nll"] < 0.5 * report["eval_before"]["nll"]
+    for summary in (report["eval_before"], report["eval_after"]):
+        assert {"accuracy", "n", "nll", "languages"} <= set(summary)
+        assert set(summary["languages"]) == {"en", "zh"}
+        assert summary["n"] == sum(part["n"] for part in summary["languages"].values()) == 6
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(60))
+    assert report["tokens_per_second"] > 0
+    loads = torch.tensor(report["expert_load"])
+    assert loads.shape == (2, 4)
+    torch.testing.assert_close(loads.sum(1), torch.ones(2))
+
+
+def test_same_seed_same_adapter_and_another_seed_another(make_config, tmp_path):
+    adapters = []
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        config = make_config(out=str(tmp_path / name), seed=seed, steps=3)
+        train.train(config, ADAPTER_CONFIG, {})
+        adapters.append((tmp_path / name / ADAPTER).read_bytes())
+    assert adapters[0] == adapters[1] != adapters[2]
+
+
+def test_frozen_weights_stay_as_they_are(make_config):
+    config = make_config(steps=3)
+    before = load_model(config.base).state_dict()
+    train.train(config, ADAPTER_CONFIG, {})
+    model = load_adapted_model(config.base, config.out)
+    after = model.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert all(tensor.abs().max() > 0 for tensor in adapter_state(model).values())
+
+
+def test_learning_rate_warms_up_and_falls_to_a_tenth():
+    config = TrainConfig(steps=100, warmup=10, lr=1.0)
+    rates = [train.learning_rate(step, config) for step in range(100)]
+    assert rates[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
+    assert rates[10] == 1.0
+    assert all(a > b for a, b in itertools.pairwise(rates[10:]))
+    assert rates[-1] == pytest.approx(0.1, abs=1e-3)
+    assert rates[55] == pytest.approx(0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi / 2)))
