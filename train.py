@@ -17,6 +17,7 @@ import hashlib
 import itertools
 import json
 import math
+import random
 import resource
 import signal
 import sys
@@ -29,15 +30,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from minidoctor.checkpoint import (
-    ADAPTER,
     STATE,
     check_vocabulary,
-    load_into,
-    read_adapter_config,
     read_run,
+    restore,
+    save,
     save_adapter_config,
-    save_training_state,
-    training_tensors,
 )
 from minidoctor.config import (
     AdapterConfig,
@@ -52,10 +50,10 @@ from minidoctor.data import IGNORE, Batch, Batches, Example, collate, encode, re
 from minidoctor.evaluate import evaluate, table
 from minidoctor.expert_queue import ExpertQueue
 from minidoctor.losses import contrastive_routing_loss, language_model_loss, load_balance_loss
-from minidoctor.model import Model, adapter_state, trained_weights
+from minidoctor.model import Model, trained_weights
 from minidoctor.router import Router
 from minidoctor.tokenizer import load_tokenizer
-from minidoctor.weights import load_model, write_atomically, write_json, write_tensors
+from minidoctor.weights import load_model, write_atomically, write_json
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
@@ -104,7 +102,7 @@ def train_step(
     """
     device = model.lm_head.weight.device
     # A generator for each step: what it draws does not depend on what ran before, so nothing need be saved.
-    generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
+    rng = random.Random(config.seed * 1_000_003 + step)
     n_answers = sum(len(batch.answers) for batch in parts)
     warm = min(1.0, (step + 1) / max(1, config.contrast_warmup))
     weights = {"lm": 1.0, "balance": config.balance_weight, "contrast": config.contrast_weight * warm}
@@ -112,8 +110,8 @@ def train_step(
     served: list[tuple[Tensor, Tensor]] = []  # routing vectors and first choices of the anchors
 
     for batch in parts:
-        order = torch.randperm(len(batch.answers), generator=generator)
-        anchors = batch.answers[order[: max(1, config.n_anchors // len(parts))]].to(device)  # (n,)
+        n = min(len(batch.answers), max(1, config.n_anchors // len(parts)))
+        anchors = batch.answers[rng.sample(range(len(batch.answers)), n)].to(device)  # (n,)
         batch = Batch(*(tensor.to(device, non_blocking=True) for tensor in batch))
         hidden, routings = model.hidden(batch.tokens)  # (B, T, D), L routings
         lm = language_model_loss(hidden, model.lm_head.weight, batch.targets, batch.answers)
@@ -235,33 +233,6 @@ def make_queue(model: Model, config: TrainConfig) -> ExpertQueue | None:
     n_layers = sum(isinstance(module, Router) for module in model.modules())
     queue = ExpertQueue(n_layers, adapter.n_experts, config.queue_capacity, adapter.routing_dim)
     return queue.to(model.lm_head.weight.device)
-
-
-def save(
-    out: Path,
-    model: Model,
-    optimizer: torch.optim.Optimizer,
-    queue: ExpertQueue | None,
-    state: dict[str, Any],
-) -> None:
-    run = state | {name: dataclasses.asdict(state[name]) for name in ("config", "adapter")}
-    save_training_state(out, training_tensors(trained_weights(model), optimizer, queue), run)
-    write_tensors(out / ADAPTER, adapter_state(model), {"format": "pt"})
-
-
-def restore(
-    out: Path,
-    model: Model,
-    optimizer: torch.optim.Optimizer,
-    queue: ExpertQueue | None,
-    state: dict[str, Any],
-    digest: str,
-) -> None:
-    """Raises ValueError if the base or the data is not what the run was started with."""
-    read_adapter_config(out, state["config"].base)
-    if state["data"] != digest:
-        raise ValueError(f"{state['config'].data}: has changed since the run in {out} was started")
-    load_into(training_tensors(trained_weights(model), optimizer, queue), out / STATE)
 
 
 def describe(

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from minidoctor.config import AdapterConfig, TrainConfig, from_json
 from minidoctor.expert_queue import ExpertQueue
-from minidoctor.model import Model, adapter_state
+from minidoctor.model import Model, adapter_state, trained_weights
 from minidoctor.tokenizer import Tokenizer, load_tokenizer
 from minidoctor.weights import (
     Entry,
@@ -123,6 +123,33 @@ def read_run(out: Path) -> dict[str, Any]:
         }
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: no training state ({error!r:.80})") from None
+
+
+def save(
+    out: Path,
+    model: Model,
+    optimizer: torch.optim.Optimizer,
+    queue: ExpertQueue | None,
+    state: dict[str, Any],
+) -> None:
+    run = state | {name: dataclasses.asdict(state[name]) for name in ("config", "adapter")}
+    save_training_state(out, training_tensors(trained_weights(model), optimizer, queue), run)
+    write_tensors(out / ADAPTER, adapter_state(model), {"format": "pt"})
+
+
+def restore(
+    out: Path,
+    model: Model,
+    optimizer: torch.optim.Optimizer,
+    queue: ExpertQueue | None,
+    state: dict[str, Any],
+    digest: str,
+) -> None:
+    """Raises ValueError if the base or the data is not what the run was started with."""
+    read_adapter_config(out, state["config"].base)
+    if state["data"] != digest:
+        raise ValueError(f"{state['config'].data}: has changed since the run in {out} was started")
+    load_into(training_tensors(trained_weights(model), optimizer, queue), out / STATE)
 
 
 def load(base: str, adapter: str | None, dtype: torch.dtype, device: torch.device) -> tuple[Model, Tokenizer]:

@@ -1,8 +1,11 @@
 import math
+import random
 
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from minidoctor.expert_queue import ExpertQueue
 from minidoctor.losses import contrastive_routing_loss, language_model_loss, load_balance_loss
 
 
@@ -110,3 +113,37 @@ def test_language_model_loss_equals_cross_entropy_on_all_positions():
     answers = (targets.flatten() != -100).nonzero().squeeze(1)
     expected = F.cross_entropy((hidden @ head.T).flatten(0, 1), targets.flatten(), reduction="sum")
     torch.testing.assert_close(language_model_loss(hidden, head, targets, answers), expected)
+
+
+class Allocated(TorchDispatchMode):
+    """Counts the bytes of every tensor that an operation makes: an upper bound of the peak, free of noise."""
+
+    def __init__(self):
+        super().__init__()
+        self.n_bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(tensor, torch.Tensor) and not func.is_view:
+                self.n_bytes += tensor.numel() * tensor.element_size()
+        return result
+
+
+def test_contrast_and_queue_cost_the_same_memory_for_1k_4k_and_16k_tokens():
+    """Forward, backward into the routing vectors of the anchors, and the enqueue."""
+    costs = []
+    for n_tokens in (1024, 4096, 16384):
+        torch.manual_seed(0)
+        queue = ExpertQueue(n_layers=1, n_experts=8, capacity=64, routing_dim=16)
+        z = F.normalize(torch.randn(n_tokens, 16), dim=-1)
+        gates = torch.rand(n_tokens, 8).softmax(-1)
+        rows = torch.tensor(random.Random(0).sample(range(n_tokens), 128))
+        with Allocated() as allocated:
+            anchors = z[rows].unsqueeze(0).requires_grad_()
+            loss = contrastive_routing_loss(anchors, gates[rows].unsqueeze(0), queue.keys, queue.filled(), 0.1)
+            loss.backward()
+            queue.enqueue(anchors.detach(), gates[rows].argmax(-1).unsqueeze(0), 8)
+        costs.append(allocated.n_bytes)
+    assert costs[0] > 128 * 8 * 64 * 4  # at least one similarity for each anchor and key
+    assert costs[0] == costs[1] == costs[2]
