@@ -111,7 +111,7 @@ def train_step(
 
     for batch in parts:
         n = min(len(batch.answers), max(1, config.n_anchors // len(parts)))
-        anchors = batch.answers[rng.sample(range(len(batch.answers)), n)].to(device)  # (n,)
+        anchors = batch.answers[rng.sample(range(len(batch.answers)), n)].to(device, non_blocking=True)  # (n,)
         batch = Batch(*(tensor.to(device, non_blocking=True) for tensor in batch))
         hidden, routings = model.hidden(batch.tokens)  # (B, T, D), L routings
         lm = language_model_loss(hidden, model.lm_head.weight, batch.targets, batch.answers)
@@ -149,7 +149,7 @@ def train_step(
 
 
 def parts_of(examples: list[Example], n: int) -> list[Batch]:
-    """A batch in at most n parts of equal size; longest together, so that the parts are as short as can be."""
+    """A batch in at most n parts, the last perhaps smaller; like lengths together, so that little is padding."""
     ordered = sorted(examples, key=lambda example: len(example.tokens))
     size = math.ceil(len(ordered) / n)
     return [collate(ordered[i : i + size]) for i in range(0, len(ordered), size)]
@@ -174,19 +174,22 @@ class Log:
     def flush(self) -> tuple[str, list[list[float]]]:
         """Writes what waits; returns the line of the last step and the mean expert load (L, E) since the last.
 
-        Raises FloatingPointError at the first step whose loss or gradient is not finite.
+        Raises FloatingPointError at the first step whose loss or gradient is not finite; those before it are written.
         """
-        rows = []
+        rows, failure = [], None
         for step, figures, seconds in self.waiting:
             row = {"step": step, **{name: loss.item() for name, loss in figures.losses.items()}}
             row |= {"grad_norm": figures.grad_norm.item(), "lr": figures.lr}
             row |= {"tokens": figures.n_tokens, "seconds": seconds}
             if bad := [name for name, value in row.items() if not math.isfinite(value)]:
                 values = ", ".join(f"{name} {row[name]:.4g}" for name in figures.losses)
-                raise FloatingPointError(f"step {step}: {', '.join(bad)} not finite ({values}); try a lower --lr")
+                failure = f"step {step}: {', '.join(bad)} not finite ({values}); try a lower --lr"
+                break
             rows.append(row)
         with self.path.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
+        if failure:
+            raise FloatingPointError(failure)
         load = torch.stack([figures.load for _, figures, _ in self.waiting]).mean(0)
         self.waiting.clear()
         names = [name for name in ("loss", "lm", "balance", "contrast") if name in rows[-1]]
@@ -296,16 +299,23 @@ def train(config: TrainConfig, adapter: AdapterConfig, state: dict[str, Any]) ->
         print(f"{len(encoded) - len(examples)} of {len(encoded)} examples left out: no answer before --max-seq-len")
     if not examples:
         raise ValueError(f"{config.data}: no answer begins within max_seq_len={config.max_seq_len} tokens")
+    longest, context = max(len(example.tokens) for example in examples), model.config.max_seq_len
+    if longest > context:
+        raise ValueError(
+            f"{config.data}: an example has {longest} tokens, {config.base} reads {context}: --max-seq-len"
+        )
     eval_rows = read_rows(config.eval) if config.eval else []
     batches = Batches(examples, config.batch_size, config.seed)
     optimizer, queue = make_optimizer(model, config), make_queue(model, config)
-    digest = hashlib.sha256(Path(config.data).read_bytes()).hexdigest()
+    digest = hashlib.sha256()
+    for path in filter(None, (config.data, config.eval)):
+        digest.update(hashlib.sha256(Path(path).read_bytes()).digest())
     if state:
-        restore(out, model, optimizer, queue, state, digest)
+        restore(out, model, optimizer, queue, state, digest.hexdigest())
     else:
         save_adapter_config(out, config.base, adapter)
         state = {"step": 0, "seconds": 0.0, "tokens": 0, "load": [], "eval_before": None}
-        state |= {"config": config, "adapter": adapter, "data": digest}
+        state |= {"config": config, "adapter": adapter, "data": digest.hexdigest()}
         save(out, model, optimizer, queue, state)
     print(describe(model, queue, examples, config, state))
     if eval_rows and state["eval_before"] is None:
@@ -358,7 +368,7 @@ def fit(
             last = state["step"] == config.steps or stop.asked
             saving = last or state["step"] % config.save_every == 0
             if saving or state["step"] % config.log_every == 0:
-                line, state["load"] = log.flush()  # before saving: what is not finite is never saved
+                line, state["load"] = log.flush()  # before saving: no step is saved whose loss was not finite
                 progress.write(line)
             if saving:
                 save(out, model, optimizer, queue, state)

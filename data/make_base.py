@@ -19,7 +19,7 @@ from torch import nn
 from tqdm import tqdm
 
 from data.make_data import declarative_text, read_table
-from minidoctor.config import ModelConfig, TrainConfig, choose_device
+from minidoctor.config import ModelConfig, TrainConfig, choose_device, run
 from minidoctor.data import Example, collate
 from minidoctor.model import Model
 from minidoctor.tokenizer import MARKERS, Tokenizer, load_tokenizer
@@ -40,7 +40,10 @@ ROUNDS_FOR_THE_TOKENIZER = 20
 
 
 def make_tokenizer(conditions: list[dict], out: Path) -> Tokenizer:
-    """BPE with byte fallback, trained on the same text; the chat markers are control pieces of it."""
+    """BPE with byte fallback; the chat markers are control pieces of it.
+
+    Trained on the same text, but for the capital of a sentence that begins with a name or a value.
+    """
     # Cut where names and values begin, so that no piece holds the end of a name and what follows it: Chinese
     # has no spaces to part them, and a name would be spelled differently in every sentence.
     text = declarative_text(conditions, ROUNDS_FOR_THE_TOKENIZER, seed=0, cut="\t")
@@ -98,10 +101,12 @@ def main() -> None:
     config = TrainConfig(steps=given.steps, batch_size=16, lr=3e-3, warmup=100, weight_decay=0.1, seed=given.seed)
     torch.manual_seed(given.seed)
     _, conditions = read_table()
-    tokenizer = make_tokenizer(conditions, Path(given.out))
+    out, device = Path(given.out), choose_device(given.device)
+    unfinished = out.with_name(out.name + ".unfinished")  # the tokenizer and the model of two runs would not fit
+    tokenizer = make_tokenizer(conditions, unfinished)
     model = Model(SHAPE)
     initialize(model)
-    model.to(choose_device(given.device))
+    model.to(device)
     optimizer = make_optimizer(model, config)
     examples = blocks(conditions, tokenizer, 128, given.seed)
     start, n_tokens = time.perf_counter(), 0
@@ -114,8 +119,10 @@ def main() -> None:
                 speed = n_tokens / (time.perf_counter() - start)
                 progress.write(f"step {step + 1:6d}  loss {figures.losses['loss']:.3f}  {speed:,.0f} tok/s")
     # bos and eos as the tokenizer has them, for other readers of the directory.
-    save_model(model, given.out, bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_ids[0])
+    save_model(model, out, bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_ids[0])
+    (unfinished / "tokenizer.model").replace(out / "tokenizer.model")
+    unfinished.rmdir()
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -520,7 +520,8 @@ def declarative_text(conditions: list[dict], n_rounds: int, seed: int, cut: str 
 
 
 def words(value: str, language: str) -> set[str]:
-    """What two values must not share to be wrong for each other: words, in Chinese pairs of characters."""
+    """What two values must not share to be wrong for each other: words of four letters or more, in Chinese
+    pairs of characters."""
     if language == "en":
         return {word for word in re.findall("[a-z]+", value.lower()) if len(word) > 3}
     return {value[i : i + 2] for i in range(len(value) - 1)}
@@ -575,7 +576,7 @@ def questions(
 
 
 def split(conditions: list[dict], seed: int) -> dict[str, list[dict]]:
-    """Train, dev and held-out conditions: of each department 70 %, and half of the rest each."""
+    """Train, dev and held-out conditions: of each department 70 %, the rest to the smaller of the other two."""
     rng = random.Random(seed)
     parts: dict[str, list[dict]] = {"train": [], "dev": [], "heldout": []}
     for department in sorted({condition["department"] for condition in conditions}):

@@ -5,11 +5,11 @@ config, tokenizer, data, lora, router, model, weights, expert_queue, losses, che
 
 Shapes in comments and docstrings use these letters:
 
-    B  sequences in a batch      D  model dim              E  experts of a layer
-    T  tokens in a sequence      H  query heads            K  experts that serve one token
-    N  tokens, flattened         G  key/value heads        R  rank of one expert
-    L  layers with experts       C  dim of one head        Z  dim of a routing vector
-    V  vocabulary                F  feed-forward dim       M  keys in the expert queue
+    B  sequences in a batch       D  model dim            E  experts of a sublayer
+    T  tokens in a sequence       H  query heads          K  experts that serve one token
+    N  tokens, flattened          G  key/value heads      R  rank of one expert
+    L  sublayers with experts     C  dim of one head      Z  dim of a routing vector
+    V  vocabulary                 F  feed-forward dim     M  keys in the expert queue
 
 In the queue's own shape (L, E, C, Z) the letter C is its capacity.
 """

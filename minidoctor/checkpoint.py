@@ -117,11 +117,13 @@ def read_run(out: Path) -> dict[str, Any]:
     _, metadata = read_header(path)
     try:
         run = json.loads(metadata["run"])
+        if missing := {"step", "seconds", "tokens", "load", "eval_before", "data"} - set(run):
+            raise ValueError(f"no {min(missing)}")
         return run | {
             "config": from_json(TrainConfig, run["config"]),
             "adapter": from_json(AdapterConfig, run["adapter"]),
         }
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: no training state ({error!r:.80})") from None
 
 
@@ -148,7 +150,9 @@ def restore(
     """Raises ValueError if the base or the data is not what the run was started with."""
     read_adapter_config(out, state["config"].base)
     if state["data"] != digest:
-        raise ValueError(f"{state['config'].data}: has changed since the run in {out} was started")
+        raise ValueError(
+            f"{state['config'].data} or {state['config'].eval} has changed since the run in {out} was started"
+        )
     load_into(training_tensors(trained_weights(model), optimizer, queue), out / STATE)
 
 

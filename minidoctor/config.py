@@ -40,9 +40,9 @@ def check(condition: bool, message: str) -> None:
 
 def check_range(config: object, *names: str, low: float = 1, high: float = LARGEST) -> None:
     lower = "above 0" if low == TINY else f"at least {low:g}"
-    upper = "" if high == LARGEST else f" and at most {high:g}"
     for name in names:
         value = getattr(config, name)
+        upper = f" and at most {high:g}" if high < LARGEST or value > high else ""
         check(low <= value <= high, f"{name} must be {lower}{upper}, got {value}")
 
 
@@ -113,7 +113,7 @@ class TrainConfig:
     out: str = flag("out", "directory for the adapter, metrics.jsonl and report.json")
     steps: int = flag(400, "optimizer steps")
     batch_size: int = flag(32, "examples in a step")
-    accumulate: int = flag(1, "parts that a batch is computed in: same result, less memory")
+    accumulate: int = flag(1, "parts that a batch is computed in: less memory, the same language-model gradient")
     max_seq_len: int = flag(256, "longest example in tokens; longer ones are cut")
     lr: float = flag(2e-3, "peak learning rate")
     warmup: int = flag(20, "steps until the peak; after it a cosine down to a tenth of it")
@@ -124,7 +124,7 @@ class TrainConfig:
     contrast_temperature: float = flag(0.1, "temperature of the contrastive routing loss")
     contrast_warmup: int = flag(50, "steps until the contrastive loss has its full weight")
     n_anchors: int = flag(128, "answer tokens of each step that are contrasted and remembered")
-    queue_capacity: int = flag(64, "routing vectors remembered for each layer and expert")
+    queue_capacity: int = flag(64, "routing vectors remembered for each router and expert")
     queue_share: int = flag(8, "of them at most this many are replaced in one step")
     log_every: int = flag(20, "steps between two printed lines")
     save_every: int = flag(100, "steps between two saves")
@@ -134,8 +134,8 @@ class TrainConfig:
     resume: bool = flag(False, "go on with the run in --out; flags given beside it must be the run's own")
 
     def __post_init__(self) -> None:
-        check_range(self, "steps", "batch_size", "accumulate", "n_anchors", "queue_capacity", "queue_share")
-        check_range(self, "log_every", "save_every")
+        check_range(self, "steps", "batch_size", "accumulate", "log_every", "save_every")
+        check_range(self, "n_anchors", "queue_capacity", "queue_share", high=65536)
         check_range(self, "max_seq_len", low=2)
         check_range(self, "lr", "clip", "contrast_temperature", low=TINY)
         check_range(self, "weight_decay", "balance_weight", "contrast_weight", low=0)
@@ -193,10 +193,9 @@ def from_json(config: type, content: Any) -> Any:
         right = isinstance(value, kind) and (type(value) is not bool or kind is bool)
         check(right, f"{name} is {value!r:.40}, expected {getattr(types[name], '__name__', 'another type')}")
         fields[name] = value
-    try:
-        return config(**fields)
-    except TypeError as error:  # a field without a default is missing
-        raise ValueError(str(error)) from None
+    missing = sorted(set(types) - set(fields))
+    check(not missing, f"no {', '.join(missing)}")
+    return config(**fields)
 
 
 def choose_device(name: str) -> torch.device:

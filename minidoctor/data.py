@@ -96,7 +96,7 @@ def parse_row(row: Any, id: str) -> Row:
             options = parse_options(row["options"], answer)
             messages = conversation(*multiple_choice(question, options, answer))
     return Row(
-        id=str(row.get("id", id)),
+        id=text_of(row, "id") if isinstance(row.get("id"), str) else str(row.get("id", id)),
         messages=messages,
         question=question,
         options=options,

@@ -132,7 +132,8 @@ def summarize(predictions: list[dict[str, Any]]) -> dict[str, Any]:
         marks = [bool(row[key]) for row in rows]
         return (sum(marks) / len(marks) if marks else None), len(marks)
 
-    choices = [p for p in predictions if p["scores"]]
+    # A question with several right letters cannot be answered by one: left out, not counted wrong.
+    choices = [p for p in predictions if p["scores"] and len(p["answer"]) == 1]
     accuracy, n = share(choices, "correct")
     open_accuracy, n_open = share((p for p in predictions if not p["scores"]), "correct")
     return {
@@ -176,6 +177,8 @@ def main() -> None:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     parser.add_argument("--dtype", default="auto", help="auto, float32 or bfloat16")
     given = parser.parse_args()
+    if given.out and (not Path(given.out).parent.is_dir() or Path(given.out).is_dir()):
+        raise ValueError(f"--out {given.out}: must be a file in a directory that exists")
     device = choose_device(given.device)
     dtype = choose_dtype(given.dtype, device)
     rows = [row for path in given.data for row in read_rows(path)]

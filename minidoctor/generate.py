@@ -1,7 +1,7 @@
 """Writing: a prefill of the prompt, then one token at a time with the cache.
 
 A batch of prompts of different lengths is padded on the right and each row goes on from its own end, so
-that every row's tokens are those it would get alone.
+that greedy decoding gives every row the tokens it would get alone.
 """
 
 from collections.abc import Collection, Iterator
@@ -9,14 +9,14 @@ from collections.abc import Collection, Iterator
 import torch
 from torch import Tensor
 
-from minidoctor.config import SampleConfig
+from minidoctor.config import TINY, SampleConfig
 from minidoctor.model import KVCache, Model
 from minidoctor.tokenizer import Tokenizer
 
 
 def filtered(logits: Tensor, config: SampleConfig) -> Tensor:
     """Logits (B, V) after temperature, top-k and top-p: -inf where a token may not be chosen."""
-    # Less the largest first: a temperature next to 0 then gives -inf and not inf.
+    # Less the largest first: a small temperature then gives -inf and not inf.
     logits = (logits - logits.amax(-1, keepdim=True)) / config.temperature
     if 0 < config.top_k < logits.shape[-1]:
         least = logits.topk(config.top_k).values[:, -1:]  # (B, 1)
@@ -32,7 +32,7 @@ def filtered(logits: Tensor, config: SampleConfig) -> Tensor:
 
 def choose(logits: Tensor, config: SampleConfig, generator: torch.Generator) -> Tensor:
     """Logits (B, V) to token ids (B,). Drawn on the CPU in float32: the same seed, the same text."""
-    if config.temperature == 0:
+    if config.temperature < TINY:
         return logits.argmax(-1)
     probs = filtered(logits.float().cpu(), config).softmax(-1)  # (B, V)
     return torch.multinomial(probs, 1, generator=generator).squeeze(-1).to(logits.device)
@@ -73,6 +73,8 @@ def generate(
         if not any(running):
             return
         yield [i if alive else None for alive, i in zip(running, ids, strict=True)]
+        if not any(alive and place + 1 < end for alive, place, end in zip(running, places, ends, strict=True)):
+            return
         # A row that has ended waits at the cache's last place; what it does there no other row sees.
         positions = torch.tensor([[min(place, max(ends) - 1)] for place in places], device=device)  # (B, 1)
         places = [place + 1 for place in places]

@@ -247,11 +247,17 @@ def load_model(
     """
     directory = Path(directory)
     config = read_model_config(directory)
-    with torch.device("meta"):  # shapes without memory: the weights come from the files
-        model = Model(config, adapter)
-    base = {name: meta for name, meta in model.state_dict().items() if not is_adapter_name(name)}
     files = checkpoint_files(directory)
-    check_names(directory, [(file, read_header(file)[0]) for file in files], base, config.tied)
+    headers = [(file, read_header(file)[0]) for file in files]
+    try:
+        with torch.device("meta"):  # shapes without memory
+            plain = Model(config)
+    except RuntimeError as error:  # sizes whose product no tensor can have
+        raise ValueError(f"{directory / 'config.json'}: {error}") from None
+    base = plain.state_dict()
+    check_names(directory, headers, base, config.tied)
+    with torch.device("meta"):  # the weights come from the files; the experts are made here
+        model = Model(config, adapter) if adapter else plain
     loaded: dict[str, Tensor] = {}
     for file in files:
         loaded |= {name: tensor.to(device, dtype) for name, tensor in read_tensors(file) if name in base}

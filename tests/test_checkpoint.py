@@ -1,6 +1,7 @@
 import json
 import random
 import shutil
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -155,9 +156,9 @@ def test_100_mutated_adapters_load_or_are_refused(base_dir, copy):
 
 def test_a_run_comes_back_as_it_was_saved(tmp_path):
     run = {"step": 3, "seconds": 0.5, "tokens": 70, "load": [[0.5, 0.5]], "eval_before": None}
-    run |= {"config": {"lr": 0.1, "data": "痛风.jsonl"}, "adapter": {"rank": 2}, "data": "a digest"}
-    save_training_state(tmp_path, {"a": torch.ones(2)}, run)
     configs = {"config": TrainConfig(lr=0.1, data="痛风.jsonl"), "adapter": AdapterConfig(rank=2)}
+    run |= {"data": "a digest"} | {name: asdict(config) for name, config in configs.items()}
+    save_training_state(tmp_path, {"a": torch.ones(2)}, run)
     assert read_run(tmp_path) == run | configs
 
 

@@ -102,7 +102,11 @@ def test_a_flag_of_the_wrong_type_ends_in_exit_code_2(capsys):
         (TrainConfig, {"max_seq_len": 1}, "max_seq_len must be at least 2, got 1"),
         (TrainConfig, {"seed": -1}, "seed must be at least 0, got -1"),
         (SampleConfig, {"temperature": -0.5}, "temperature must be at least 0, got -0.5"),
-        (SampleConfig, {"temperature": float("inf")}, "temperature must be at least 0, got inf"),
+        (
+            SampleConfig,
+            {"temperature": float("inf")},
+            "temperature must be at least 0 and at most 2.14748e+09, got inf",
+        ),
         (SampleConfig, {"top_k": -1}, "top_k must be at least 0, got -1"),
         (SampleConfig, {"top_p": 0.0}, "top_p must be above 0 and at most 1, got 0.0"),
         (SampleConfig, {"top_p": 1.5}, "top_p must be above 0 and at most 1, got 1.5"),
