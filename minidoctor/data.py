@@ -67,12 +67,19 @@ def read_rows(path: str | Path) -> list[Row]:
         for number, line in enumerate(lines, start=1):
             if line.strip():
                 try:
-                    rows.append(parse_row(json.loads(line), str(number)))
+                    rows.append(parse_row(parse_json(line), str(number)))
                 except (ValueError, RecursionError) as error:
                     raise ValueError(f"{path}:{number}: {error}") from None
     if not rows:
         raise ValueError(f"{path}: no rows, expected one JSON object a line")
     return rows
+
+
+def parse_json(line: bytes) -> Any:
+    try:
+        return json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"not JSON ({error})") from None
 
 
 def parse_row(row: Any, id: str) -> Row:

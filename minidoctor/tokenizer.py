@@ -147,6 +147,8 @@ def is_control(char: str) -> bool:
 
 def load_tokenizer(directory: str | Path) -> Tokenizer:
     """Raises FileNotFoundError or ValueError."""
+    if not Path(directory).is_dir():
+        raise FileNotFoundError(f"{directory}: no such directory")
     path = Path(directory) / "tokenizer.model"
     if not path.is_file():
         raise FileNotFoundError(f"{directory}: no tokenizer.model here")
