@@ -49,11 +49,12 @@ from minidoctor.config import (
 from minidoctor.data import IGNORE, Batch, Batches, Example, collate, encode, read_rows
 from minidoctor.evaluate import evaluate, table
 from minidoctor.expert_queue import ExpertQueue
+from minidoctor.files import write_atomically, write_json
 from minidoctor.losses import contrastive_routing_loss, language_model_loss, load_balance_loss
 from minidoctor.model import Model, trained_weights
 from minidoctor.router import Router
 from minidoctor.tokenizer import load_tokenizer
-from minidoctor.weights import load_model, write_atomically, write_json
+from minidoctor.weights import load_model
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:

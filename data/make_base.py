@@ -21,9 +21,10 @@ from tqdm import tqdm
 from data.make_data import declarative_text, read_table
 from minidoctor.config import ModelConfig, TrainConfig, choose_device, run
 from minidoctor.data import Example, collate
+from minidoctor.files import write_atomically
 from minidoctor.model import Model
 from minidoctor.tokenizer import MARKERS, Tokenizer, load_tokenizer
-from minidoctor.weights import save_model, write_atomically
+from minidoctor.weights import save_model
 from train import make_optimizer, train_step
 
 SHAPE = ModelConfig(

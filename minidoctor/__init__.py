@@ -1,7 +1,7 @@
 """minidoctor: SparseDoctor (https://arxiv.org/abs/2509.14269) in a few readable files.
 
 Read them in this order; each imports only files above it:
-config, tokenizer, data, lora, router, model, weights, expert_queue, losses, checkpoint, generate, evaluate.
+config, tokenizer, data, lora, router, model, files, weights, expert_queue, losses, checkpoint, generate, evaluate.
 
 Shapes in comments and docstrings use these letters:
 

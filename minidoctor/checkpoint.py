@@ -19,18 +19,10 @@ from torch import Tensor
 
 from minidoctor.config import AdapterConfig, TrainConfig, from_json
 from minidoctor.expert_queue import ExpertQueue
+from minidoctor.files import Entry, read_header, read_object, read_tensors, write_json, write_tensors
 from minidoctor.model import Model, adapter_state, trained_weights
 from minidoctor.tokenizer import Tokenizer, load_tokenizer
-from minidoctor.weights import (
-    Entry,
-    fingerprint,
-    load_model,
-    read_header,
-    read_object,
-    read_tensors,
-    write_json,
-    write_tensors,
-)
+from minidoctor.weights import fingerprint, load_model
 
 CONFIG, ADAPTER, STATE = "adapter_config.json", "adapter.safetensors", "training_state.safetensors"
 

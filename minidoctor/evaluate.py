@@ -24,10 +24,10 @@ from tqdm import tqdm
 from minidoctor.checkpoint import load
 from minidoctor.config import SampleConfig, choose_device, choose_dtype, run
 from minidoctor.data import IGNORE, Example, Row, collate, conversation, encode, read_rows
+from minidoctor.files import write_json
 from minidoctor.generate import complete
 from minidoctor.model import Model
 from minidoctor.tokenizer import Tokenizer
-from minidoctor.weights import write_json
 
 TOKENS_IN_A_BATCH = 4096
 ANSWERS_IN_A_BATCH = 32

@@ -10,9 +10,10 @@ from torch import nn
 
 from minidoctor.checkpoint import ADAPTER, load_adapted_model, save_adapter_config
 from minidoctor.config import AdapterConfig, ModelConfig
+from minidoctor.files import write_tensors
 from minidoctor.model import Model, adapter_state
 from minidoctor.tokenizer import MARKERS, load_tokenizer
-from minidoctor.weights import load_model, save_model, write_tensors
+from minidoctor.weights import load_model, save_model
 
 torch.set_num_threads(1)  # products this small only wait for a second thread
 

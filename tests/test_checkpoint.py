@@ -16,8 +16,9 @@ from minidoctor.checkpoint import (
     save_training_state,
 )
 from minidoctor.config import AdapterConfig, TrainConfig
+from minidoctor.files import read_tensors, write_tensors
 from minidoctor.model import adapter_state
-from minidoctor.weights import fingerprint, load_model, read_tensors, save_model, write_tensors
+from minidoctor.weights import fingerprint, load_model, save_model
 
 
 @pytest.fixture

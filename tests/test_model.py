@@ -6,8 +6,9 @@ import torch
 from torch import nn
 
 from minidoctor.config import AdapterConfig, ModelConfig
+from minidoctor.files import read_tensors
 from minidoctor.model import KVCache, Model, adapter_state, is_adapter_name, rotary_table, rotate
-from minidoctor.weights import load_model, read_tensors, save_model
+from minidoctor.weights import load_model, save_model
 
 TINY = ModelConfig(vocab_size=50, dim=32, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=8, ffn_dim=48)
 EVERYWHERE = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

@@ -2,6 +2,7 @@ import dataclasses
 import itertools
 import json
 import math
+import os
 import random
 import signal
 import subprocess
@@ -17,9 +18,10 @@ import train
 from minidoctor.checkpoint import ADAPTER, STATE, load_adapted_model, read_run
 from minidoctor.config import AdapterConfig, TrainConfig
 from minidoctor.data import Batch, Batches, encode, parse_row
+from minidoctor.files import read_tensors
 from minidoctor.losses import contrastive_routing_loss, load_balance_loss
 from minidoctor.model import adapter_state
-from minidoctor.weights import load_model, read_tensors
+from minidoctor.weights import load_model
 
 ROOT = Path(__file__).parent.parent
 ADAPTER_CONFIG = AdapterConfig(n_experts=4, top_k=2, rank=2, alpha=4.0, routing_dim=4)
@@ -206,7 +208,9 @@ def test_killed_at_any_moment_a_run_resumes_to_the_same_adapter(make_config, tmp
 
     def start(out, *more):
         command = [sys.executable, "train.py", "--out", str(out), *more]
-        return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}  # products this small only wait for a second one
+        quiet = subprocess.DEVNULL
+        return subprocess.Popen(command, cwd=ROOT, env=one_thread, stdout=quiet, stderr=quiet)
 
     assert start(tmp_path / "whole", *flags).wait() == 0
     rng, out = random.Random(0), tmp_path / "killed"

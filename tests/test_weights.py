@@ -10,18 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from minidoctor.files import DTYPES, read_header, read_tensors, write_atomically, write_tensors
 from minidoctor.model import Model
-from minidoctor.weights import (
-    DTYPES,
-    fingerprint,
-    load_model,
-    read_header,
-    read_model_config,
-    read_tensors,
-    save_model,
-    write_atomically,
-    write_tensors,
-)
+from minidoctor.weights import fingerprint, load_model, read_model_config, save_model
 
 SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "U8": 1, "BOOL": 1}
 SHAPES = [(), (0,), (3,), (2, 3), (0, 4), (2, 1, 2)]
