@@ -83,6 +83,7 @@ def main() -> None:
     parser.add_argument("--base", default="data/base", help="checkpoint directory (default data/base)")
     parser.add_argument("--adapter", help="directory that train.py wrote (default: the base alone)")
     parser.add_argument("--raw", action="store_true", help="go on with QUESTION as text, without a chat format")
+    parser.add_argument("--chat-format", default="auto", help="how conversations are written (auto: as trained)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default auto)")
     parser.add_argument("--dtype", default="auto", help="auto, float32 or bfloat16 (default auto)")
     add_flags(parser, SampleConfig)
@@ -94,11 +95,11 @@ def main() -> None:
         raise ValueError("the question is empty")
     device = choose_device(given.device)
     dtype = choose_dtype(given.dtype, device)
-    model, tokenizer = load(given.base, given.adapter, dtype, device)
+    model, tokenizer = load(given.base, given.adapter, dtype, device, given.chat_format)
     if given.raw:
         stream(model, tokenizer, tokenizer.start + tokenizer.encode(given.question), config)
         return
-    print(WARNING, file=sys.stderr)
+    print(f"{given.base}: {tokenizer.note}\n{WARNING}", file=sys.stderr)
     if given.question is None:
         chat(model, tokenizer, config)
     else:

@@ -53,7 +53,7 @@ from minidoctor.files import write_atomically, write_json
 from minidoctor.losses import contrastive_routing_loss, language_model_loss, load_balance_loss
 from minidoctor.model import Model, trained_weights
 from minidoctor.router import Router
-from minidoctor.tokenizer import load_tokenizer
+from minidoctor.tokenizer import Tokenizer, load_tokenizer
 from minidoctor.weights import load_model
 
 
@@ -241,6 +241,7 @@ def make_queue(model: Model, config: TrainConfig) -> ExpertQueue | None:
 
 def describe(
     model: Model,
+    tokenizer: Tokenizer,
     queue: ExpertQueue | None,
     examples: list[Example],
     config: TrainConfig,
@@ -250,6 +251,7 @@ def describe(
     total = sum(p.numel() for p in model.parameters())
     lines = [
         f"{config.base}: {total - trained:,} frozen weights, {trained:,} trained",
+        f"{config.base}: {tokenizer.note}",
         f"{config.data}: {len(examples):,} examples, {config.steps * config.batch_size / len(examples):.1f} epochs",
     ]
     if queue:
@@ -263,6 +265,8 @@ def describe(
 def start_or_resume(given: dict[str, Any]) -> tuple[TrainConfig, AdapterConfig, dict[str, Any]]:
     """The configuration, and the run so far (empty for a new one). Raises FileNotFoundError or ValueError."""
     if not given.get("resume"):
+        if given.get("n_experts") == 1:
+            given.setdefault("top_k", 1)  # plain LoRA: there is nothing to choose
         config, adapter = from_flags(TrainConfig, given), from_flags(AdapterConfig, given)
         if (Path(config.out) / STATE).exists():
             raise ValueError(
@@ -291,7 +295,7 @@ def train(config: TrainConfig, adapter: AdapterConfig, state: dict[str, Any]) ->
     """A run from its start, or from `state`, to its report."""
     device, out = choose_device(config.device), Path(config.out)
     torch.manual_seed(config.seed)  # of the experts' first values
-    tokenizer = load_tokenizer(config.base)
+    tokenizer = load_tokenizer(config.base, config.chat_format)
     model = load_model(config.base, choose_dtype(config.dtype, device), device, adapter)
     check_vocabulary(config.base, model, tokenizer)
     encoded = [encode(row.messages, tokenizer, config.max_seq_len) for row in read_rows(config.data)]
@@ -314,11 +318,11 @@ def train(config: TrainConfig, adapter: AdapterConfig, state: dict[str, Any]) ->
     if state:
         restore(out, model, optimizer, queue, state, digest.hexdigest())
     else:
-        save_adapter_config(out, config.base, adapter)
+        save_adapter_config(out, config.base, adapter, tokenizer.chat_format or "auto")
         state = {"step": 0, "seconds": 0.0, "tokens": 0, "load": [], "eval_before": None}
         state |= {"config": config, "adapter": adapter, "data": digest.hexdigest()}
         save(out, model, optimizer, queue, state)
-    print(describe(model, queue, examples, config, state))
+    print(describe(model, tokenizer, queue, examples, config, state))
     if eval_rows and state["eval_before"] is None:
         before = evaluate(model, tokenizer, eval_rows)["summary"]
         save(out, model, optimizer, queue, state | {"eval_before": before})

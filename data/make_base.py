@@ -19,11 +19,12 @@ from torch import nn
 from tqdm import tqdm
 
 from data.make_data import declarative_text, read_table
+from minidoctor.chat import FORMATS
 from minidoctor.config import ModelConfig, TrainConfig, choose_device, run
 from minidoctor.data import Example, collate
 from minidoctor.files import write_atomically
 from minidoctor.model import Model
-from minidoctor.tokenizer import MARKERS, Tokenizer, load_tokenizer
+from minidoctor.tokenizer import Tokenizer, load_tokenizer
 from minidoctor.weights import save_model
 from train import make_optimizer, train_step
 
@@ -57,7 +58,7 @@ def make_tokenizer(conditions: list[dict], out: Path) -> Tokenizer:
         vocab_size=SHAPE.vocab_size,
         byte_fallback=True,
         character_coverage=1.0,
-        control_symbols=list(MARKERS.values()),
+        control_symbols=list(FORMATS["minidoctor"].needs),
         normalization_rule_name="identity",  # what is encoded is what decodes,
         remove_extra_whitespaces=False,  # spaces too
         split_digits=True,

@@ -1,6 +1,6 @@
 """Save and restore what was trained.
 
-    adapter_config.json      the experts' configuration and the base they belong to; written once, first
+    adapter_config.json      the experts' configuration, the base they belong to, the chat format; written first
     adapter.safetensors      experts and routers
     training_state.safetensors   the same, with optimizer, queue, step and run: all that `--resume` needs
 
@@ -10,7 +10,7 @@ queue of the same step. No random state is stored: what a step draws is a functi
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +19,25 @@ from torch import Tensor
 
 from minidoctor.config import AdapterConfig, TrainConfig, from_json
 from minidoctor.expert_queue import ExpertQueue
-from minidoctor.files import Entry, read_header, read_object, read_tensors, write_json, write_tensors
+from minidoctor.families import read_model_config
+from minidoctor.files import read_header, read_object, read_tensors, write_json, write_tensors
 from minidoctor.model import Model, adapter_state, trained_weights
+from minidoctor.peft_layout import WEIGHTS, is_peft, our_name, read_peft_config
 from minidoctor.tokenizer import Tokenizer, load_tokenizer
 from minidoctor.weights import fingerprint, load_model
 
 CONFIG, ADAPTER, STATE = "adapter_config.json", "adapter.safetensors", "training_state.safetensors"
 
 
-def save_adapter_config(out: Path, base: str, adapter: AdapterConfig) -> None:
+def save_adapter_config(out: Path, base: str, adapter: AdapterConfig, chat_format: str = "auto") -> None:
     out.mkdir(parents=True, exist_ok=True)
-    description = {"name": Path(base).resolve().name, "fingerprint": fingerprint(base)}
-    write_json(out / CONFIG, {"base": description, "adapter": dataclasses.asdict(adapter)})
+    description = {
+        "name": Path(base).resolve().name,
+        "model": dataclasses.asdict(read_model_config(base)),
+        "fingerprint": fingerprint(base),
+    }
+    content = {"base": description, "adapter": dataclasses.asdict(adapter), "chat_format": chat_format}
+    write_json(out / CONFIG, content)
 
 
 def read_adapter_config(directory: Path, base: str | Path) -> AdapterConfig:
@@ -39,13 +46,19 @@ def read_adapter_config(directory: Path, base: str | Path) -> AdapterConfig:
     content = read_object(path)
     try:
         adapter = from_json(AdapterConfig, content["adapter"])
-        name, expected = (content["base"][key] for key in ("name", "fingerprint"))
+        name, model, expected = (content["base"][key] for key in ("name", "model", "fingerprint"))
+        trained_on = [(key, model[key], value) for key, value in dataclasses.asdict(read_model_config(base)).items()]
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: no adapter configuration ({error})") from None
+    for key, before, now in trained_on:
+        if before != now:
+            raise ValueError(
+                f"{path}: the adapter was trained on {name!r} with {key} {before!r:.60}, {base} has {now!r}"
+            )
     if (found := fingerprint(base)) != expected:
         raise ValueError(
             f"{path}: the adapter was trained on {name!r} (fingerprint {str(expected)[:12]}), "
-            f"{base} is another model (fingerprint {found[:12]})"
+            f"{base} has the same shape and other weights (fingerprint {found[:12]})"
         )
     return adapter
 
@@ -56,31 +69,39 @@ def load_adapted_model(
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
 ) -> Model:
-    """The base with its trained experts, in eval mode. Raises FileNotFoundError or ValueError."""
+    """The base with its trained experts, or with a plain LoRA of the package `peft`, in eval mode.
+
+    Raises FileNotFoundError or ValueError.
+    """
     directory = Path(directory)
-    model = load_model(base, dtype, device, read_adapter_config(directory, base))
-    load_into(adapter_state(model), directory / ADAPTER)
+    if is_peft(directory):
+        model = load_model(base, dtype, device, read_peft_config(directory))
+        load_into(adapter_state(model), directory / WEIGHTS, our_name)
+    else:
+        model = load_model(base, dtype, device, read_adapter_config(directory, base))
+        load_into(adapter_state(model), directory / ADAPTER)
     return model
 
 
-def load_into(state: dict[str, Tensor], path: Path) -> None:
-    """Copies a file's tensors into those given, which must be the same by name, shape and dtype."""
-    entries, _ = read_header(path)
-    check_entries(path, entries, state)
-    with torch.no_grad():
-        for name, tensor in read_tensors(path):
-            state[name].copy_(tensor)
+def load_into(state: dict[str, Tensor], path: Path, our_name: Callable[[str], str] | None = None) -> None:
+    """Copies a file's tensors into those given, which must be the same by name, shape and dtype.
 
-
-def check_entries(path: Path, entries: dict[str, Entry], state: dict[str, Tensor]) -> None:
+    With `our_name` it is a file of another program: it has names and a precision of its own.
+    """
+    rename = our_name or (lambda name: name)
+    entries = {rename(name): entry for name, entry in read_header(path)[0].items()}
     if different := set(entries) ^ set(state):
         raise ValueError(f"{path}: {len(different)} tensors are missing or unexpected: {min(different)}")
     for name, entry in entries.items():
         wanted = state[name]
-        if (entry.shape, entry.dtype) != (tuple(wanted.shape), wanted.dtype):
+        same = entry.dtype == wanted.dtype or (our_name and entry.dtype.is_floating_point)
+        if entry.shape != tuple(wanted.shape) or not same:
             raise ValueError(
                 f"{path}: {name} is {entry.dtype} {entry.shape}, expected {wanted.dtype} {tuple(wanted.shape)}"
             )
+    with torch.no_grad():
+        for name, tensor in read_tensors(path):
+            state[rename(name)].copy_(tensor)
 
 
 def training_tensors(
@@ -148,12 +169,16 @@ def restore(
     load_into(training_tensors(trained_weights(model), optimizer, queue), out / STATE)
 
 
-def load(base: str, adapter: str | None, dtype: torch.dtype, device: torch.device) -> tuple[Model, Tokenizer]:
+def load(
+    base: str, adapter: str | None, dtype: torch.dtype, device: torch.device, chat_format: str = "auto"
+) -> tuple[Model, Tokenizer]:
     """What the programs ask: a base, with a trained adapter or alone, and its tokenizer.
 
-    Raises FileNotFoundError or ValueError.
+    An adapter is asked in the chat format it was trained in. Raises FileNotFoundError or ValueError.
     """
-    tokenizer = load_tokenizer(base)
+    if adapter and chat_format == "auto" and not is_peft(Path(adapter)):
+        chat_format = str(read_object(Path(adapter) / CONFIG).get("chat_format", "auto"))
+    tokenizer = load_tokenizer(base, chat_format)
     model = load_adapted_model(base, adapter, dtype, device) if adapter else load_model(base, dtype, device)
     check_vocabulary(base, model, tokenizer)
     return model, tokenizer

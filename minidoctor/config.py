@@ -47,8 +47,28 @@ def check_range(config: object, *names: str, low: float = 1, high: float = LARGE
 
 
 @dataclass(frozen=True)
+class RopeScaling:
+    """How rotary positions are stretched beyond the context that a model was first trained on."""
+
+    kind: str  # "linear": all angles divided by `factor`; "llama3": the slow ones only
+    factor: float
+    low_freq_factor: float = 1.0  # turns in the original context below which an angle is divided
+    high_freq_factor: float = 4.0  # and above which it is left alone
+    original_seq_len: int = 8192
+
+    def __post_init__(self) -> None:
+        check(self.kind in ("linear", "llama3"), f"rope type must be linear or llama3, got {self.kind!r:.40}")
+        check_range(self, "factor", "original_seq_len")
+        check_range(self, "low_freq_factor", "high_freq_factor", low=TINY)
+        check(
+            self.low_freq_factor < self.high_freq_factor,
+            f"low_freq_factor={self.low_freq_factor} must be below high_freq_factor={self.high_freq_factor}",
+        )
+
+
+@dataclass(frozen=True)
 class ModelConfig:
-    """The shape of a decoder. `weights.py` reads it from a checkpoint's config.json."""
+    """A decoder: its shape, and what its family does in its own way. `weights.py` reads it from config.json."""
 
     vocab_size: int
     dim: int
@@ -61,12 +81,17 @@ class ModelConfig:
     norm_eps: float = 1e-5
     rope_theta: float = 10000.0
     tied: bool = True  # the output layer is the embedding matrix
+    qkv_bias: bool = False  # Qwen2
+    qk_norm: bool = False  # Qwen3: each head's query and key are normalised before they are rotated
+    window: int = 0  # Mistral: a token sees this many, itself among them (0: all before it)
+    rope_scaling: RopeScaling | None = None
 
     def __post_init__(self) -> None:
         check_range(self, "vocab_size", "dim", "n_heads", "n_kv_heads", "head_dim", "ffn_dim", "max_seq_len")
         check_range(self, "n_layers", high=1000)
         check_range(self, "norm_eps", low=TINY, high=1)
         check_range(self, "rope_theta", high=1e12)
+        check_range(self, "window", low=0)
         check(
             self.n_heads % self.n_kv_heads == 0,
             f"n_heads={self.n_heads} must be a multiple of n_kv_heads={self.n_kv_heads}",
@@ -131,6 +156,7 @@ class TrainConfig:
     seed: int = flag(0, "seed of everything random")
     device: str = flag("auto", "auto, cpu, cuda or mps")
     dtype: str = flag("auto", "of the frozen base: auto (bfloat16 on a GPU that has it), float32, bfloat16")
+    chat_format: str = flag("auto", "how conversations are written (auto: as the checkpoint was trained)")
     resume: bool = flag(False, "go on with the run in --out; flags given beside it must be the run's own")
 
     def __post_init__(self) -> None:

@@ -13,6 +13,7 @@ An open question counts as right when the greedy answer contains the expected on
 
 import argparse
 import math
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -61,8 +62,10 @@ def answer_losses(model: Model, examples: list[Example], progress: tqdm) -> list
 
 
 def letter_example(row: Row, letter: str, tokenizer: Tokenizer) -> Example:
-    """The question with its options, answered by a letter alone; the target is the letter."""
-    prompt, letters = tokenizer.chat(row.messages[:-1]), tokenizer.encode(letter)
+    """The question with its options, answered by a letter alone; the targets are the letter."""
+    answered = [*row.messages[:-1], {"role": "assistant", "content": letter}]
+    letters = next(ids for ids, own in tokenizer.chat_turns(answered) if own)  # without the token that ends it
+    prompt = tokenizer.chat(row.messages[:-1])
     return Example((prompt + letters)[:-1], [IGNORE] * (len(prompt) - 1) + letters)
 
 
@@ -174,6 +177,7 @@ def main() -> None:
     parser.add_argument("--adapter", help="directory that train.py wrote (default: the base alone)")
     parser.add_argument("--data", nargs="+", default=["data/heldout.jsonl"], help="files of questions")
     parser.add_argument("--out", help="write every prediction here, as JSON")
+    parser.add_argument("--chat-format", default="auto", help="how conversations are written (auto: as trained)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     parser.add_argument("--dtype", default="auto", help="auto, float32 or bfloat16")
     given = parser.parse_args()
@@ -182,7 +186,8 @@ def main() -> None:
     device = choose_device(given.device)
     dtype = choose_dtype(given.dtype, device)
     rows = [row for path in given.data for row in read_rows(path)]
-    model, tokenizer = load(given.base, given.adapter, dtype, device)
+    model, tokenizer = load(given.base, given.adapter, dtype, device, given.chat_format)
+    print(f"{given.base}: {tokenizer.note}", file=sys.stderr)
     result = evaluate(model, tokenizer, rows)
     print(table(result["summary"]))
     if given.out:

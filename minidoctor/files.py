@@ -9,7 +9,7 @@ import json
 import math
 import os
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,6 +29,7 @@ DTYPES = {
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 LARGEST_HEADER = 100_000_000  # bytes; the limit of the format's own library
+PART = 2**22  # numbers that are read at a time
 
 
 class Entry(NamedTuple):
@@ -38,12 +39,25 @@ class Entry(NamedTuple):
     end: int
 
 
-def read_json(path: Path) -> Any:
-    """Raises FileNotFoundError or ValueError."""
+def read_bytes(path: Path) -> bytes:
+    """Raises FileNotFoundError, or ValueError for what Git leaves where it has not fetched a large file."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
+    content = path.read_bytes()
+    check_fetched(path, content)
+    return content
+
+
+def check_fetched(path: Path, start: bytes) -> None:
+    if start.startswith(b"version https://git-lfs"):
+        raise ValueError(f"{path}: only a Git LFS pointer, the file itself was not fetched: git lfs pull")
+
+
+def read_json(path: Path) -> Any:
+    """Raises FileNotFoundError or ValueError."""
+    content = read_bytes(path)
     try:
-        return json.loads(path.read_bytes())
+        return json.loads(content)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not JSON ({error})") from None
 
@@ -80,8 +94,10 @@ def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
         raise FileNotFoundError(f"{path}: no such file")
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size  # of this file, not of one that replaces it meanwhile
-        start = file.read(8)
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
+        start = file.read(40)
+        check_fetched(path, start)
+        file.seek(8)
+        length = struct.unpack("<Q", start[:8])[0] if len(start) >= 8 else size
         if 8 + length > size or length > LARGEST_HEADER:
             raise ValueError(f"{path}: truncated or no safetensors file: header of {length} bytes, file of {size}")
         try:
@@ -129,14 +145,34 @@ def parse_entry(path: Path, name: str, entry: Any, data_start: int, size: int) -
     return Entry(DTYPES[code], tuple(shape), begin, end)
 
 
-def read_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a safetensors file, one at a time. Raises as `read_header`."""
+def read_tensors(
+    path: Path,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    names: Container[str] | None = None,
+) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a safetensors file, or those of `names`, one at a time, floating point ones straight in `dtype`.
+
+    Read in small parts into memory that is there to stay, and not mapped: mapped pages count as used memory as
+    well, and a mapped file that shrinks kills the process. Raises as `read_header`.
+    """
     entries, _ = read_header(path)
     with path.open("rb") as file:
         for name, entry in entries.items():
-            tensor = torch.empty(entry.shape, dtype=entry.dtype)
+            if names is not None and name not in names:
+                continue
+            wanted = dtype if dtype and entry.dtype.is_floating_point else entry.dtype
+            tensor = torch.empty(entry.shape, dtype=wanted, device=device)
+            direct = wanted == entry.dtype and tensor.device.type == "cpu"
             file.seek(entry.begin)
-            file.readinto(tensor.flatten().view(torch.uint8).numpy().data)  # into its memory: no second copy
+            buffer = torch.empty(0 if direct else min(tensor.numel(), PART), dtype=entry.dtype)
+            for part in tensor.view(-1).split(PART):
+                stored = part if direct else buffer[: len(part)]
+                content = stored.view(torch.uint8).numpy().data
+                if file.readinto(content) < len(content):
+                    raise ValueError(f"{path}: truncated while it was read")
+                if not direct:
+                    part.copy_(stored)
             yield name, tensor
 
 

@@ -24,9 +24,9 @@ class LoRAExperts(nn.Linear):
     A subclass, so that the frozen weight keeps the name it has in the pretrained checkpoint.
     """
 
-    def __init__(self, d_in: int, d_out: int, n_experts: int, rank: int, alpha: float):
-        super().__init__(d_in, d_out, bias=False)
-        self.weight.requires_grad_(False)
+    def __init__(self, d_in: int, d_out: int, n_experts: int, rank: int, alpha: float, bias: bool = False):
+        super().__init__(d_in, d_out, bias)
+        self.requires_grad_(False)
         self.rank = rank
         self.scale = alpha / rank  # keeps the update's size roughly the same when rank changes
         # On the CPU whatever the device of the rest: the same seed gives the same experts everywhere,
@@ -36,10 +36,12 @@ class LoRAExperts(nn.Linear):
         # B = 0 makes every expert a no-op at step 0, so training starts from the pretrained model.
         nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))  # as in the LoRA authors' code
 
-    def forward(self, x: Tensor, gates: Tensor) -> Tensor:  # type: ignore[override]
-        """(B, T, D_in) and gates (B, T, E) -> (B, T, D_out)."""
+    def forward(self, x: Tensor, gates: Tensor | None = None) -> Tensor:
+        """(B, T, D_in) and gates (B, T, E) -> (B, T, D_out). Without gates all experts serve: plain LoRA."""
         # The experts stay in float32 for the optimizer and are used in the dtype of x.
         lora_a, lora_b = self.lora_a.to(x.dtype), self.lora_b.to(x.dtype)
-        hidden = F.linear(x, lora_a).unflatten(-1, (-1, self.rank))  # (B, T, E, R)
-        hidden = (hidden * gates.to(x.dtype).unsqueeze(-1)).flatten(-2)  # (B, T, E*R)
-        return F.linear(x, self.weight) + self.scale * F.linear(hidden, lora_b)  # (B, T, D_out)
+        hidden = F.linear(x, lora_a)  # (B, T, E*R)
+        if gates is not None:
+            hidden = hidden.unflatten(-1, (-1, self.rank)) * gates.to(x.dtype).unsqueeze(-1)  # (B, T, E, R)
+            hidden = hidden.flatten(-2)  # (B, T, E*R)
+        return F.linear(x, self.weight, self.bias) + self.scale * F.linear(hidden, lora_b)  # (B, T, D_out)

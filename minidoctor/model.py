@@ -1,7 +1,10 @@
-"""A Llama-type decoder whose linear layers can have LoRA experts.
+"""A decoder of the Llama kind whose linear layers can have LoRA experts.
 
     x = x + attention(norm(x))          grouped-query, rotary positions, causal
     x = x + feed_forward(norm(x))       SwiGLU: down(silu(gate(x)) * up(x))
+
+Llama, Mistral, Qwen2, Qwen3 and Baichuan differ by four switches of the config (qkv_bias, qk_norm, window,
+rope_scaling) and by how their weights are stored, which `weights.py` knows.
 
 Parameter names are those of Hugging Face checkpoints (`model.layers.0.mlp.gate_proj.weight`), so loading needs
 no table. A sublayer with experts adds `router.*` and, in each adapted linear, `lora_a` and `lora_b`.
@@ -9,6 +12,8 @@ no table. A sublayer with experts adds `router.*` and, in each adapted linear, `
 RMSNorm: https://arxiv.org/abs/1910.07467. RoPE: https://arxiv.org/abs/2104.09864, section 3.4.2.
 GQA: https://arxiv.org/abs/2305.13245. SwiGLU: https://arxiv.org/abs/2002.05202.
 """
+
+import math
 
 import torch
 import torch.nn.functional as F
@@ -33,10 +38,27 @@ class RMSNorm(nn.Module):
         return self.weight * normed.to(x.dtype)
 
 
-def rotary_table(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosines and sines (B, 1, T, C) of position * theta^(-2i/C): pair i of a head turns by that angle."""
-    exponents = torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim  # (C/2,)
-    angles = positions[:, None, :, None].float() * theta**-exponents  # (B, 1, T, C/2)
+def rotary_frequencies(config: ModelConfig, device: torch.device) -> Tensor:
+    """Radians per position of each pair of a head's dimensions (C/2,): theta^(-2i/C), scaled as the checkpoint asks."""
+    exponents = torch.arange(0, config.head_dim, 2, device=device).float() / config.head_dim  # (C/2,)
+    # Not theta**-exponents: the last bit of a frequency, times a position of 100,000, shows in the logits.
+    frequencies = 1.0 / config.rope_theta**exponents  # (C/2,)
+    scaling = config.rope_scaling
+    if scaling is None:
+        return frequencies
+    if scaling.kind == "linear":  # https://arxiv.org/abs/2306.15595, section 2.3
+        return frequencies / scaling.factor
+    # Llama 3.1: pairs that turn often within the original context keep their speed, for they tell near tokens
+    # apart; those that do not complete a turn are slowed down, and between the two it is interpolated.
+    turns = scaling.original_seq_len * frequencies / (2 * math.pi)  # (C/2,)
+    kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    kept = kept.clamp(0, 1)  # (C/2,)
+    return frequencies * (kept + (1 - kept) / scaling.factor)
+
+
+def rotary_table(positions: Tensor, frequencies: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosines and sines (B, 1, T, C) of position * frequency: pair i of a head turns by that angle."""
+    angles = positions[:, None, :, None].float() * frequencies  # (B, 1, T, C/2)
     angles = torch.cat([angles, angles], dim=-1)  # (B, 1, T, C)
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
@@ -70,15 +92,15 @@ class KVCache:
         return self.keys[layer, :, :, : self.length], self.values[layer, :, :, : self.length]
 
 
-def linear(d_in: int, d_out: int, name: str, adapter: AdapterConfig | None) -> nn.Linear:
+def linear(d_in: int, d_out: int, name: str, adapter: AdapterConfig | None, bias: bool = False) -> nn.Linear:
     if adapter and name in adapter.targets:
-        return LoRAExperts(d_in, d_out, adapter.n_experts, adapter.rank, adapter.alpha)
-    return nn.Linear(d_in, d_out, bias=False)
+        return LoRAExperts(d_in, d_out, adapter.n_experts, adapter.rank, adapter.alpha, bias)
+    return nn.Linear(d_in, d_out, bias)
 
 
 def router(dim: int, sublayer: str, adapter: AdapterConfig | None) -> Router | None:
-    """One router for all adapted linears of a sublayer."""
-    if adapter and any(TARGETS[target] == sublayer for target in adapter.targets):
+    """One router for all adapted linears of a sublayer; none where there is nothing to choose, in plain LoRA."""
+    if adapter and adapter.n_experts > 1 and any(TARGETS[target] == sublayer for target in adapter.targets):
         return Router(dim, adapter.n_experts, adapter.top_k, adapter.routing_dim)
     return None
 
@@ -93,12 +115,14 @@ class Attention(nn.Module):
 
     def __init__(self, config: ModelConfig, adapter: AdapterConfig | None, layer: int):
         super().__init__()
-        self.layer, self.head_dim = layer, config.head_dim
+        self.layer, self.head_dim, self.window = layer, config.head_dim, config.window
         d_q, d_kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
-        self.q_proj = linear(config.dim, d_q, "q_proj", adapter)
-        self.k_proj = linear(config.dim, d_kv, "k_proj", adapter)
-        self.v_proj = linear(config.dim, d_kv, "v_proj", adapter)
+        self.q_proj = linear(config.dim, d_q, "q_proj", adapter, config.qkv_bias)
+        self.k_proj = linear(config.dim, d_kv, "k_proj", adapter, config.qkv_bias)
+        self.v_proj = linear(config.dim, d_kv, "v_proj", adapter, config.qkv_bias)
         self.o_proj = linear(d_q, config.dim, "o_proj", adapter)
+        self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
         self.router = router(config.dim, "self_attn", adapter)
 
     def forward(
@@ -110,11 +134,13 @@ class Attention(nn.Module):
             apply(projection, x, routing).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )  # (B, H, T, C), (B, G, T, C), (B, G, T, C)
-        q, k = rotate(q, table), rotate(k, table)
+        q, k = rotate(self.q_norm(q), table), rotate(self.k_norm(k), table)
         mask = None
         if cache:
             k, v = cache.write(self.layer, positions, k, v)  # (B, G, S, C)
-            mask = positions[:, None, :, None] >= torch.arange(k.shape[2], device=x.device)  # (B, 1, T, S)
+        if cache or 0 < self.window < x.shape[1]:
+            distance = positions[:, None, :, None] - torch.arange(k.shape[2], device=x.device)  # (B, 1, T, S)
+            mask = (distance >= 0) & (distance < (self.window or math.inf))
         out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=True)  # (B, H, T, C)
         return apply(self.o_proj, out.transpose(1, 2).flatten(2), routing), routing  # (B, T, D)
 
@@ -188,7 +214,7 @@ class Model(nn.Module):
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)  # (B, T)
         x = self.model.embed_tokens(tokens)  # (B, T, D)
-        table = rotary_table(positions, self.config.head_dim, self.config.rope_theta, x.dtype)
+        table = rotary_table(positions, rotary_frequencies(self.config, x.device), x.dtype)
         routings: list[Routing] = []
         for layer in self.model.layers:
             x, new = layer(x, table, positions, cache)

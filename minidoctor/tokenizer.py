@@ -1,108 +1,192 @@
-"""Text to token ids and back: a SentencePiece model, and the chat format that its checkpoint speaks.
+"""The tokenizer of a checkpoint: text to ids and back, control tokens, conversations.
 
 Text is only ever encoded as text: what a user types, or what stands in the data, never becomes a control
-token. Control tokens (`<s>`, `</s>`, chat markers) are placed by id, here and nowhere else:
+token. Control tokens (`<s>`, `</s>`, `<|im_end|>`) are placed by id where the chat format has them, here and
+nowhere else:
 
     <s> <|user|> What is ... ? <|assistant|> It is ... </s>
         `------- not learned -------------' `- learned --'
 """
 
-import re
 from pathlib import Path
+from typing import Any
 
-import sentencepiece
-
-USER, ASSISTANT, SYSTEM = "<|user|>", "<|assistant|>", "<|system|>"
-MARKERS = {"system": SYSTEM, "user": USER, "assistant": ASSISTANT}
-
-CONTROL, USER_DEFINED = 3, 4  # types of a piece in a SentencePiece model
+from minidoctor.chat import FORMATS, Format, default_system, layout, recognize
+from minidoctor.config import LARGEST
+from minidoctor.files import read_bytes, read_object
+from minidoctor.pieces import INSIDE, SECTION, START, Added, JsonPieces, SentencePieces, spacing
 
 # U+FFFD stands for bytes that are no character (yet): the tail of one that comes in several tokens.
 INCOMPLETE = "\ufffd"
 
 
 class Tokenizer:
-    """A SentencePiece model and its control tokens."""
+    """A checkpoint's text, its control tokens and its chat format."""
 
-    def __init__(self, path: Path):
-        self.pieces, model = sentencepiece.SentencePieceProcessor(), path.read_bytes()
-        try:
-            self.pieces.LoadFromSerializedProto(model)
-            self.pieces.LoadFromSerializedProto(markers_as_control(model))
-        except RuntimeError as error:
-            raise ValueError(f"{path}: not a SentencePiece model ({error})") from None
-        self.vocab_size: int = self.pieces.vocab_size()
-        self.bos_id: int | None = self.pieces.bos_id() if self.pieces.bos_id() >= 0 else None
-        self.eos_ids = (self.pieces.eos_id(),) if self.pieces.eos_id() >= 0 else ()
-        self.start = [] if self.bos_id is None else [self.bos_id]  # of every text
-        # A checkpoint that was made for chat has the markers as control pieces; any other gets plain text.
-        ids = {role: self.pieces.piece_to_id(marker) for role, marker in MARKERS.items()}
-        self.markers = ids if all(self.pieces.IsControl(i) for i in ids.values()) else None
+    def __init__(
+        self,
+        pieces: SentencePieces | JsonPieces,
+        controls: dict[str, int],
+        start: list[int],
+        eos_ids: list[int],
+        chat_format: str | None,
+        form: Format | None,
+        note: str,
+    ):
+        self.pieces, self.start, self.chat_format, self.format = pieces, start, chat_format, form
+        self.note = note  # for people: which file and which chat format, and why
+        self.bos_id = controls.get("{bos}")
+        end = [controls[form.end]] if form and form.end in controls else []
+        self.eos_ids = tuple(dict.fromkeys(end + eos_ids))
+        self.controls = controls
+        self.names = {i: pieces.decode([i]) or name for name, i in controls.items() if i != pieces.unk_id}
+        self.shown = {token.id for token in pieces.added if token.control and not token.special}
+        used = [controls[name] for name in (form.needs if form else ())]
+        self.vocab_size = max([pieces.size, *(i + 1 for i in (*used, *start, *self.eos_ids))])
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, place: str = START) -> list[int]:
         """Ids of the text alone: `"</s>"` becomes the pieces of these four characters."""
-        # A surrogate is half a character, which UTF-8, and so SentencePiece, cannot hold.
-        return self.pieces.encode(text.encode("utf-8", "replace").decode("utf-8"))
+        # A surrogate is half a character, which UTF-8 cannot hold.
+        ids = self.pieces.encode(text.encode("utf-8", "replace").decode("utf-8"), place)
+        if self.names.keys().isdisjoint(ids):
+            return ids
+        # Some vocabularies have a control token among the pieces of text: then letter by letter.
+        return [k for i in ids for k in (self.spelled(i) if i in self.names else [i])]
+
+    def spelled(self, control: int) -> list[int]:
+        return [i for letter in self.names[control] for i in self.pieces.encode(letter, INSIDE)]
 
     def decode(self, ids: list[int]) -> str:
-        """A model can have rows for more tokens than the tokenizer has; those decode to nothing."""
-        return self.pieces.decode([i for i in ids if i < self.vocab_size])
+        """Control tokens decode to nothing, and so do ids that a model has rows for and the tokenizer has not."""
+        text, run = "", list[int]()
+        for i in ids:
+            if i in self.shown:
+                text, run = text + self.pieces.decode(run) + self.names[i], []
+            elif i < self.pieces.size and i not in self.names:
+                run.append(i)
+        return text + self.pieces.decode(run)
 
     def chat_turns(self, messages: list[dict[str, str]]) -> list[tuple[list[int], bool]]:
         """The conversation in pieces: token ids, and whether they are the assistant's own words.
 
-        Ends with the opening of the assistant's turn when the last message is not the assistant's.
+        Ends with the opening of the assistant's turn when the last message is not the assistant's. Raises
+        ValueError if the checkpoint's chat format is not known.
         """
-        turns = [(self.start, False)]
-        for message in messages:
-            role, text = message["role"], message["content"]
-            if self.markers:
-                turns.append(([self.markers[role]], False))
-            own = role == "assistant"
-            ids = self.encode(text if self.markers or own else text + "\n")
-            turns.append((ids + list(self.eos_ids) if own else ids, own))
-        if messages[-1]["role"] != "assistant" and self.markers:
-            turns.append(([self.markers["assistant"]], False))
+        if not self.format:
+            raise ValueError(self.note)
+        turns, place = [], START
+        for text, own, control in layout(messages, self.format, {*self.controls, "{bos}", "{eos}"}):
+            ids = self.encode(text, place) if not control else [i for i in [self.controls.get(text)] if i is not None]
+            turns.append((ids, own))
+            place = SECTION if control else INSIDE
         return turns
 
     def chat(self, messages: list[dict[str, str]]) -> list[int]:
         return [i for ids, _ in self.chat_turns(messages) for i in ids]
 
 
-def markers_as_control(model: bytes) -> bytes:
-    """The SentencePiece model with user-defined pieces like "<eoh>" or "[INST]" made control pieces.
+def load_tokenizer(directory: str | Path, chat_format: str = "auto") -> Tokenizer:
+    """`chat_format` names one of `chat.FORMATS`; "auto" is the one that the checkpoint speaks.
 
-    A user-defined piece is matched wherever its letters stand in a text; a control piece never is. The model is
-    a protobuf message: field 1 repeats {1: piece, 2: score, 3: type}.
+    Raises FileNotFoundError or ValueError.
     """
-    changed, at = bytearray(model), 0
-    while at < len(model):
-        key, at = read_varint(model, at)
-        end = at
-        if key & 7 == 2:  # bytes with their length
-            length, at = read_varint(model, at)
-            end = at + length
-            # All of a piece that its library writes: its text, a score of 4 bytes and, if not the usual one, the type.
-            if key == 1 << 3 | 2 and model[end - 2 : end] == bytes([3 << 3, USER_DEFINED]):
-                size, start = read_varint(model, at + 1)
-                if re.fullmatch(rb"<.+>|\[.+\]", model[start : start + size], re.DOTALL):
-                    changed[end - 1] = CONTROL
-        elif key & 7 == 0:
-            _, end = read_varint(model, at)
-        else:
-            end = at + (8 if key & 7 == 1 else 4)
-        at = end
-    return bytes(changed)
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise FileNotFoundError(f"{directory}: no such directory")
+    model, content = directory / "tokenizer.model", directory / "tokenizer.json"
+    if not model.is_file() and not content.is_file():
+        raise FileNotFoundError(f"{directory}: no tokenizer.model or tokenizer.json here")
+    settings = read_settings(directory)
+    try:
+        return make_tokenizer(model, content, settings, chat_format)
+    except (KeyError, TypeError, AttributeError) as error:  # JSON of another shape than anybody writes
+        raise ValueError(f"{directory}: the tokenizer's settings cannot be understood ({error!r:.80})") from None
 
 
-def read_varint(data: bytes, at: int) -> tuple[int, int]:
-    """A protobuf integer, seven bits a byte, lowest first, and where it ends."""
-    value, shift = 0, 0
-    while True:
-        value |= (data[at] & 0x7F) << shift
-        shift, at = shift + 7, at + 1
-        if data[at - 1] < 0x80:
-            return value, at
+def make_tokenizer(model: Path, content: Path, settings: dict[str, Any], chat_format: str) -> Tokenizer:
+    pieces: SentencePieces | JsonPieces
+    if model.is_file():  # before tokenizer.json: it is what the other was made from, and needs no more packages
+        # The spaces are as in tokenizer.json, if it stands there too, for that is what other readers go by.
+        spaced = spacing(read_object(content)) if content.is_file() else spacing_of(settings)
+        pieces = SentencePieces(model, spaced, added_tokens(settings))
+    else:
+        pieces = JsonPieces(content)
+    controls = {token.name: token.id for token in pieces.added if token.control}
+    for name, key, default in (("{bos}", "bos_token", pieces.bos_id), ("{eos}", "eos_token", pieces.eos_id)):
+        token = settings.get(key)
+        token = token["content"] if isinstance(token, dict) else token
+        found = default if token is None else controls.get(token, pieces.id_of(token))
+        if found is not None:
+            controls[name] = found
+        elif token is not None:
+            raise ValueError(f"{model.parent}: {key} is {token!r:.40}, which is none of its tokens")
+    for name, key in (("{user}", "user_token_id"), ("{assistant}", "assistant_token_id")):
+        if key in settings:
+            controls[name] = settings[key]
+    listed = settings.get("eos_token_id", [])
+    eos_ids = [controls["{eos}"]] if "{eos}" in controls else []
+    eos_ids += listed if isinstance(listed, list) else [listed]
+    if not all(type(i) is int and 0 <= i <= LARGEST for i in (*controls.values(), *eos_ids)):
+        raise ValueError(f"{model.parent}: a token id must be a whole number, at least 0")
+    starts = settings.get("add_bos_token", pieces.starts_with_bos)
+    start = [controls["{bos}"]] if starts and "{bos}" in controls else []
+    format_name, form, why = choose_format(chat_format, settings, controls, model.parent)
+    files = f"{model.name} (not {content.name}, which needs one more package)" if content.is_file() else model.name
+    note = f"{files if model.is_file() else content.name}, {why}"
+    return Tokenizer(pieces, controls, start, eos_ids, format_name, form, note)
+
+
+def read_settings(directory: Path) -> dict[str, Any]:
+    """What the JSON files beside the vocabulary say; where two speak of the same, the later of these counts."""
+    settings: dict[str, Any] = {}
+    for name in ("config.json", "generation_config.json", "special_tokens_map.json", "tokenizer_config.json"):
+        if (directory / name).is_file():
+            settings |= {key: value for key, value in read_object(directory / name).items() if value is not None}
+    if (directory / "added_tokens.json").is_file():
+        settings["added_tokens"] = read_object(directory / "added_tokens.json")
+    template = settings.get("chat_template", "")
+    if isinstance(template, list):  # several by name
+        template = {entry["name"]: entry["template"] for entry in template}.get("default", "")
+    if (directory / "chat_template.jinja").is_file():
+        template = read_bytes(directory / "chat_template.jinja").decode("utf-8", "replace")
+    return settings | {"chat_template": template}
+
+
+def added_tokens(settings: dict[str, Any]) -> list[Added]:
+    """What was added to a SentencePiece vocabulary, which cannot say it itself."""
+    older = [Added(name, i, True) for name, i in settings.get("added_tokens", {}).items()]
+    newer = settings.get("added_tokens_decoder", {}).items()
+    return older + [Added(token["content"], int(i), token.get("special", True)) for i, token in newer]
+
+
+def spacing_of(settings: dict[str, Any]) -> str | None:
+    """Where a space is put in front of a text. None: the model itself knows.
+
+    "legacy" is what the Llama tokenizer of `transformers` calls a space after each control token.
+    """
+    if not settings.get("add_prefix_space", True):
+        return "never"
+    if "legacy" in settings and not settings["legacy"]:
+        return "first"
+    return "always" if "add_prefix_space" in settings else None
+
+
+def choose_format(
+    chat_format: str, settings: dict[str, Any], controls: dict[str, int], directory: Path
+) -> tuple[str | None, Format | None, str]:
+    """The chat format's name, itself, and why it is that; None if the checkpoint's own is not known here."""
+    if chat_format != "auto" and chat_format not in FORMATS:
+        raise ValueError(f"chat_format must be auto, {', '.join(FORMATS)}, got {chat_format!r}")
+    found = (chat_format, "as asked") if chat_format != "auto" else recognize(settings["chat_template"], controls)
+    if not found:
+        return None, None, f"{directory}: its chat_template is none of {', '.join(FORMATS)}; --chat-format chooses one"
+    name, why = found
+    form = FORMATS[name]
+    if missing := [token for token in form.needs if token not in controls]:
+        raise ValueError(f"{directory}: chat format {name} needs the token {missing[0]}, which is not there")
+    if (own := default_system(settings["chat_template"])) is not None:
+        form = form._replace(default_system=own)
+    return name, form, f"chat format {name} ({why})"
 
 
 class TextStream:
@@ -143,13 +227,3 @@ def is_control(char: str) -> bool:
         or 0x2066 <= code <= 0x2069
         or 0xD800 <= code < 0xE000
     )
-
-
-def load_tokenizer(directory: str | Path) -> Tokenizer:
-    """Raises FileNotFoundError or ValueError."""
-    if not Path(directory).is_dir():
-        raise FileNotFoundError(f"{directory}: no such directory")
-    path = Path(directory) / "tokenizer.model"
-    if not path.is_file():
-        raise FileNotFoundError(f"{directory}: no tokenizer.model here")
-    return Tokenizer(path)

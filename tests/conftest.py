@@ -8,11 +8,12 @@ import sentencepiece
 import torch
 from torch import nn
 
+from minidoctor.chat import FORMATS
 from minidoctor.checkpoint import ADAPTER, load_adapted_model, save_adapter_config
 from minidoctor.config import AdapterConfig, ModelConfig
 from minidoctor.files import write_tensors
 from minidoctor.model import Model, adapter_state
-from minidoctor.tokenizer import MARKERS, load_tokenizer
+from minidoctor.tokenizer import load_tokenizer
 from minidoctor.weights import load_model, save_model
 
 torch.set_num_threads(1)  # products this small only wait for a second thread
@@ -60,7 +61,7 @@ def make_tokenizer(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tokenizer(make_tokenizer):
-    return make_tokenizer(control_symbols=list(MARKERS.values()))
+    return make_tokenizer(control_symbols=list(FORMATS["minidoctor"].needs))
 
 
 @pytest.fixture(scope="session")
@@ -91,7 +92,7 @@ def base_dir(tmp_path_factory, config, tokenizer):
     """Not to be changed by a test: copy it first."""
     directory = tmp_path_factory.mktemp("base")
     save_model(random_model(config, seed=1), directory, dtype=torch.float32)
-    (directory / "tokenizer.model").write_bytes(tokenizer.pieces.serialized_model_proto())
+    (directory / "tokenizer.model").write_bytes(tokenizer.pieces.processor.serialized_model_proto())
     return directory
 
 

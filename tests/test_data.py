@@ -125,7 +125,7 @@ def plain_targets(tokenizer, tokens):
     """Walks over the conversation: an assistant's marker starts what is learned, its end token ends it."""
     targets, learning = [], False
     for token, following in itertools.pairwise(tokens):
-        learning = learning or token == tokenizer.markers["assistant"]
+        learning = learning or token == tokenizer.controls["<|assistant|>"]
         targets.append(following if learning else IGNORE)
         learning = learning and following not in tokenizer.eos_ids
     return targets

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,7 @@ from torch import nn
 
 from minidoctor.config import AdapterConfig, ModelConfig
 from minidoctor.files import read_tensors
-from minidoctor.model import KVCache, Model, adapter_state, is_adapter_name, rotary_table, rotate
+from minidoctor.model import KVCache, Model, adapter_state, is_adapter_name, rotary_frequencies, rotary_table, rotate
 from minidoctor.weights import load_model, save_model
 
 TINY = ModelConfig(vocab_size=50, dim=32, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=8, ffn_dim=48)
@@ -114,8 +115,10 @@ def test_rotation_depends_on_the_distance_only():
     torch.manual_seed(0)
     q, k = torch.randn(1, 1, 1, 8), torch.randn(1, 1, 1, 8)
 
+    frequencies = rotary_frequencies(TINY, torch.device("cpu"))
+
     def score(i: int, j: int) -> float:
-        tables = [rotary_table(torch.tensor([[p]]), 8, 10000.0, torch.float32) for p in (i, j)]
+        tables = [rotary_table(torch.tensor([[p]]), frequencies, torch.float32) for p in (i, j)]
         return (rotate(q, tables[0]) * rotate(k, tables[1])).sum().item()
 
     assert score(5, 3) == pytest.approx(score(105, 103), rel=1e-4)
@@ -124,7 +127,8 @@ def test_rotation_depends_on_the_distance_only():
 
 def test_rotation_turns_each_pair_by_its_angle():
     x = torch.randn(1, 1, 1, 4)
-    turned = rotate(x, rotary_table(torch.tensor([[3]]), 4, 100.0, torch.float32)).flatten()
+    frequencies = rotary_frequencies(replace(TINY, head_dim=4, rope_theta=100.0), torch.device("cpu"))
+    turned = rotate(x, rotary_table(torch.tensor([[3]]), frequencies, torch.float32)).flatten()
     for pair, angle in ((0, 3.0), (1, 3.0 / 10)):
         complex_number = torch.complex(x.flatten()[pair], x.flatten()[pair + 2])
         expected = complex_number * torch.polar(torch.tensor(1.0), torch.tensor(angle))

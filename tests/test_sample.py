@@ -12,6 +12,7 @@ import sample
 from minidoctor.config import SampleConfig, run
 from minidoctor.generate import complete
 from minidoctor.model import Model
+from minidoctor.tokenizer import load_tokenizer
 from minidoctor.weights import save_model
 
 ROOT = Path(sample.__file__).parent
@@ -54,7 +55,7 @@ def shown(text):
 def test_one_question_gets_its_greedy_answer_and_a_warning(ask, base_dir, answer):
     code, out, err = ask("gout?", "--base", base_dir, "--max-new-tokens", 8)
     assert (code, out) == (0, shown(answer("gout?")))
-    assert err == sample.WARNING + "\n"
+    assert err.splitlines() == [f"{base_dir}: {load_tokenizer(base_dir).note}", sample.WARNING]
 
 
 def test_an_adapter_answers_with_its_experts(ask, base_dir, adapter_dir, adapted, tokenizer, answer):
@@ -170,7 +171,8 @@ def test_bad_input_ends_in_one_line_on_stderr_and_exit_code_2(ask, tmp_path, bas
     for words, message in cases:
         code, out, err = ask(*words)
         assert (code, out) == (2, ""), words
-        line = err.removeprefix(sample.WARNING + "\n")
+        _, warning, after = err.partition(sample.WARNING + "\n")
+        line = after if warning else err
         assert line.startswith("sample.py: ")
         assert message in line
         assert line.count("\n") == 1

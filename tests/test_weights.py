@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from minidoctor.families import read_model_config
 from minidoctor.files import DTYPES, read_header, read_tensors, write_atomically, write_tensors
 from minidoctor.model import Model
-from minidoctor.weights import fingerprint, load_model, read_model_config, save_model
+from minidoctor.weights import fingerprint, load_model, save_model
 
 SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "U8": 1, "BOOL": 1}
 SHAPES = [(), (0,), (3,), (2, 3), (0, 4), (2, 1, 2)]
@@ -336,9 +337,9 @@ def changed_config(base_dir, directory, **changes):
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("model_type", "qwen2"),
+        ("model_type", "gemma"),
         ("hidden_act", "gelu"),
-        ("rope_scaling", {"type": "linear", "factor": 2.0}),
+        ("rope_scaling", {"type": "yarn", "factor": 2.0}),
         ("attention_bias", True),
         ("mlp_bias", True),
         # Where newer checkpoints keep the two settings of the rotation, https://github.com/huggingface/transformers
