@@ -1,57 +1,293 @@
-"""Makes tests/fixtures: a tiny random checkpoint and what `transformers` computes for it.
+"""Makes tests/fixtures: tiny checkpoints of every family and what `transformers` computes with them.
 
-    pip install transformers && python tests/make_fixtures.py
+    pip install transformers sentencepiece protobuf
+    python tests/make_fixtures.py            writes them anew
+    python tests/make_fixtures.py --check    makes them elsewhere and compares with those that are stored
 
-Not needed to run the tests: its results are stored.
+Not needed to run the tests: its results are stored. Baichuan is not in `transformers`; by its published definition
+it is a Llama whose q, k and v are the rows of one matrix, in this order, and the second version divides each row of
+the output layer by its length. So a Llama made from the same numbers is asked in its place.
 """
 
+import argparse
+import io
 import json
+import shutil
+import tempfile
 from pathlib import Path
 
+import sentencepiece
 import torch
-from safetensors.torch import save_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 OUT = Path(__file__).parent / "fixtures"
+LENGTHS = (48, 23, 7)  # tokens of the three prompts: beyond the window and beyond the original context, and below
+NEW_TOKENS = 64
+
+SHAPE = {
+    "vocab_size": 48,
+    "hidden_size": 32,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "hidden_act": "silu",
+    "max_position_embeddings": 128,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 100.0,  # small, so that few positions show what the scaling does
+    "tie_word_embeddings": False,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,  # 4 of 8 dimensions turn too slowly for it, 2 are between
+}
 
 
-def main() -> None:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=50,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        rms_norm_eps=1e-5,
-        rope_theta=10000.0,
-        tie_word_embeddings=True,
-        initializer_range=0.3,  # large, so that a wrong order of operations shows in the logits
-    )
-    model = LlamaForCausalLM(config).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "norm" in name:
-                parameter.normal_(1.0, 0.3)
-    directory = OUT / "llama"
-    directory.mkdir(parents=True, exist_ok=True)
-    tokens = torch.randint(0, 50, (2, 12))
-    with torch.no_grad():
-        logits = model(tokens).logits
-        greedy = model.generate(tokens[:1], max_new_tokens=20, do_sample=False, eos_token_id=None)
-    state = {name: tensor for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
-    save_file(state, directory / "model.safetensors", metadata={"format": "pt"})
-    save_file({"tokens": tokens, "logits": logits, "greedy": greedy}, directory / "expected.safetensors")
-    settings = {"model_type": "llama", "head_dim": 8, "hidden_act": "silu", "rope_theta": 10000.0}
-    for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
-        settings[key] = getattr(config, key)
-    for key in ("num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings"):
-        settings[key] = getattr(config, key)
+def family(name: str, architecture: str, **changes: object) -> dict[str, object]:
+    return {"architectures": [architecture], "model_type": name, **SHAPE, **changes}
+
+
+MODELS = {
+    "llama": (family("llama", "LlamaForCausalLM", num_key_value_heads=4), torch.float32),
+    "llama-linear": (
+        family(
+            "llama", "LlamaForCausalLM", tie_word_embeddings=True, rope_scaling={"type": "linear", "factor": 2.0}
+        ),
+        torch.float16,
+    ),
+    "llama3": (
+        family("llama", "LlamaForCausalLM", tie_word_embeddings=True, rope_scaling=LLAMA3, head_dim=8),
+        torch.bfloat16,
+    ),
+    "mistral": (family("mistral", "MistralForCausalLM", sliding_window=8), torch.bfloat16),
+    "qwen2": (
+        family(
+            "qwen2", "Qwen2ForCausalLM", use_sliding_window=False, sliding_window=16, max_window_layers=2
+        ),
+        torch.float16,
+    ),
+    "qwen3": (
+        family(
+            "qwen3", "Qwen3ForCausalLM", head_dim=16, attention_bias=False, tie_word_embeddings=True,
+            sliding_window=None, use_sliding_window=False, max_window_layers=2,
+        ),
+        torch.bfloat16,
+    ),
+    "baichuan": (family("baichuan", "BaiChuanForCausalLM"), torch.float32),
+    "baichuan2": (family("baichuan", "BaichuanForCausalLM"), torch.bfloat16),
+}  # fmt: skip
+
+
+def draw(shapes: dict[str, tuple[int, ...]], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Numbers that depend on the names only; large, so that a wrong order of operations shows in the logits."""
+    tensors = {}
+    for name, shape in sorted(shapes.items()):
+        generator = torch.Generator().manual_seed(sum(name.encode()))
+        numbers = torch.randn(shape, generator=generator) * 0.2
+        tensors[name] = (numbers + 1 if "norm" in name else numbers).to(dtype)
+    return tensors
+
+
+def shapes_of(settings: dict) -> dict[str, tuple[int, ...]]:
+    """Every tensor of a Llama of these settings, with what Qwen adds."""
+    dim, ffn, vocab = settings["hidden_size"], settings["intermediate_size"], settings["vocab_size"]
+    heads, groups = settings["num_attention_heads"], settings["num_key_value_heads"]
+    head = settings.get("head_dim", dim // heads)
+    shapes = {"model.embed_tokens.weight": (vocab, dim), "model.norm.weight": (dim,)}
+    if not settings["tie_word_embeddings"]:
+        shapes["lm_head.weight"] = (vocab, dim)
+    for layer in range(settings["num_hidden_layers"]):
+        block = f"model.layers.{layer}."
+        rows = {"q_proj": heads * head, "k_proj": groups * head, "v_proj": groups * head}
+        shapes |= {f"{block}self_attn.{name}.weight": (n, dim) for name, n in rows.items()}
+        if settings["model_type"] == "qwen2":
+            shapes |= {f"{block}self_attn.{name}.bias": (n,) for name, n in rows.items()}
+        if settings["model_type"] == "qwen3":
+            shapes |= {f"{block}self_attn.{name}_norm.weight": (head,) for name in ("q", "k")}
+        shapes[block + "self_attn.o_proj.weight"] = (dim, heads * head)
+        shapes |= {f"{block}mlp.{name}_proj.weight": (ffn, dim) for name in ("gate", "up")}
+        shapes[block + "mlp.down_proj.weight"] = (dim, ffn)
+        shapes |= {f"{block}{name}_layernorm.weight": (dim,) for name in ("input", "post_attention")}
+    return shapes
+
+
+def write_model(directory: Path, settings: dict, tensors: dict[str, torch.Tensor]) -> None:
+    directory.mkdir(parents=True)
     (directory / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
-    (directory / "names.json").write_text(json.dumps(sorted(state), indent=2) + "\n")
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+
+
+def make_model(directory: Path, name: str) -> None:
+    settings, dtype = MODELS[name]
+    if name.startswith("baichuan"):
+        settings = settings | {"num_key_value_heads": settings["num_attention_heads"]}
+    tensors = draw(shapes_of(settings), dtype)
+    with tempfile.TemporaryDirectory() as temporary:
+        known = directory
+        if name.startswith("baichuan"):  # the Llama that it is
+            twin = {key: tensor.float() for key, tensor in tensors.items()}
+            if name == "baichuan2":
+                head = twin["lm_head.weight"]
+                twin["lm_head.weight"] = head / head.square().sum(1, keepdim=True).sqrt()
+            known = Path(temporary) / "llama"
+            write_model(known, settings | {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}, twin)
+            for layer in range(settings["num_hidden_layers"]):
+                block = f"model.layers.{layer}.self_attn."
+                packed = [tensors.pop(f"{block}{part}_proj.weight") for part in "qkv"]
+                tensors[block + "W_pack.weight"] = torch.cat(packed)
+            settings = {key: value for key, value in settings.items() if key != "num_key_value_heads"}
+        write_model(directory, settings, tensors)
+        # Float32 whatever is stored, and attention step by step.
+        model = AutoModelForCausalLM.from_pretrained(known, dtype=torch.float32, attn_implementation="eager")
+    model.eval()
+    generator = torch.Generator().manual_seed(0)
+    expected = {}
+    for length in LENGTHS:
+        tokens = torch.randint(0, settings["vocab_size"], (1, length), generator=generator)
+        with torch.no_grad():
+            logits = model(tokens).logits
+            written = model.generate(
+                tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=NEW_TOKENS, do_sample=False,
+                eos_token_id=None, pad_token_id=0,
+            )  # fmt: skip
+        expected |= {
+            f"tokens.{length}": tokens[0],
+            f"logits.{length}": logits[0],
+            f"greedy.{length}": written[0, length:],
+        }
+    save_file(expected, directory / "expected.safetensors")
+    if name == "llama3":  # in two files, as larger checkpoints are
+        parts = {
+            "model-00001-of-00002.safetensors": sorted(tensors)[:9],
+            "model-00002-of-00002.safetensors": sorted(tensors)[9:],
+        }
+        for file, names in parts.items():
+            save_file({key: tensors[key] for key in names}, directory / file, metadata={"format": "pt"})
+        places = {key: file for file, names in parts.items() for key in names}
+        (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}, indent=1) + "\n")
+        (directory / "model.safetensors").unlink()
+    if name == "llama-linear":  # as old tied checkpoints are: with the output layer and the rotary frequencies
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+        tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+        save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+
+
+SENTENCES = (
+    "The key test for gout is uric acid in the joint fluid. Gout is treated in rheumatology.",
+    "The typical symptoms of asthma are wheezing and a cough at night.",
+    "痛风的关键检查是关节液中的尿酸。哮喘的典型症状是喘息和夜间咳嗽。",
+)
+TEXTS = (
+    "What is the key test for gout?",
+    "痛风的关键检查是什么？  two  spaces, a\ttab\nand 12345 mg",
+    "\n\nnew lines, an emoji 🩺 and a byte \x07",
+    "it's 40°C; isn't it?",
+)
+CHAT = [
+    {"role": "user", "content": "What is gout?"},
+    {"role": "assistant", "content": "A disease of the joints.\n痛风。"},
+    {"role": "user", "content": "Is it treated?\n"},
+]
+SYSTEM = {"role": "system", "content": "Answer briefly."}
+# The formats in words of our own, for the template engine of `transformers`.
+TURNS = "{{% for m in messages %}}{}{{% endfor %}}{{% if add_generation_prompt %}}{}{{% endif %}}"
+TEMPLATES = {
+    "chatml": TURNS.format(
+        "{{'<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n'}}", "{{'<|im_start|>assistant\n'}}"
+    ),
+    "llama3": "{{bos_token}}"
+    + TURNS.format(
+        "{{'<|start_header_id|>' + m.role + '<|end_header_id|>\n\n' + m.content.strip() + '<|eot_id|>'}}",
+        "{{'<|start_header_id|>assistant<|end_header_id|>\n\n'}}",
+    ),
+    "zephyr": TURNS.format("{{'<|' + m.role + '|>\n' + m.content + eos_token + '\n'}}", "{{'<|assistant|>\n'}}"),
+    "mistral-v1": "{{bos_token}}"
+    + TURNS.format(
+        "{% if m.role == 'user' %}{{'[INST] ' + m.content + ' [/INST]'}}{% else %}{{m.content + eos_token}}{% endif %}",
+        "",
+    ),
+}
+
+
+def make_sentencepiece(directory: Path) -> None:
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(SENTENCES * 4), model_writer=model, model_type="bpe", vocab_size=400,
+        hard_vocab_limit=False, byte_fallback=True, character_coverage=1.0, normalization_rule_name="identity",
+        remove_extra_whitespaces=False, num_threads=1, minloglevel=2,
+    )  # fmt: skip
+    (directory / "tokenizer.model").write_bytes(model.getvalue())
+    settings = {"tokenizer_class": "LlamaTokenizer", "legacy": True, "add_bos_token": True}
+    settings |= {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def make_bpe(directory: Path) -> None:
+    special = ["<|end|>", "<|begin|>", "<|im_start|>", "<|im_end|>"]
+    special += ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=360, special_tokens=special, initial_alphabet=sorted(alphabet), show_progress=False
+    )
+    tokenizer.train_from_iterator(SENTENCES * 4, trainer)
+    tokenizer.save(str(directory / "tokenizer.json"), pretty=False)
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|begin|>", "eos_token": "<|end|>"}
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def make_tokenizer(directory: Path) -> None:
+    directory.mkdir(parents=True)
+    name = directory.name
+    {"sentencepiece": make_sentencepiece, "bpe": make_bpe}[name](directory)
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    chats = []
+    formats = {"sentencepiece": ("zephyr", "mistral-v1"), "bpe": ("chatml", "llama3")}
+    for form in formats[name]:
+        for system in ([SYSTEM], []) if form != "mistral-v1" else ([],):
+            for messages in (system + CHAT[:1], system + CHAT[:2], system + CHAT):
+                ids = tokenizer.apply_chat_template(
+                    messages, chat_template=TEMPLATES[form], return_dict=False,
+                    add_generation_prompt=messages[-1]["role"] == "user",
+                )  # fmt: skip
+                chats.append({"format": form, "messages": messages, "ids": ids})
+    texts = [{"text": text, "ids": tokenizer.encode(text, add_special_tokens=False)} for text in TEXTS]
+    content = json.dumps({"texts": texts, "chats": chats}, ensure_ascii=False)
+    (directory / "expected.json").write_text(
+        content.replace('{"text', '\n{"text').replace('{"format', '\n{"format') + "\n"
+    )
+
+
+def make(out: Path) -> None:
+    for name in MODELS:
+        shutil.rmtree(out / "models" / name, ignore_errors=True)
+        make_model(out / "models" / name, name)
+    for name in ("sentencepiece", "bpe"):
+        shutil.rmtree(out / "tokenizers" / name, ignore_errors=True)
+        make_tokenizer(out / "tokenizers" / name)
+
+
+def check() -> None:
+    """Raises AssertionError where what is made now differs from what is stored."""
+    with tempfile.TemporaryDirectory() as temporary:
+        make(Path(temporary))
+        for path in sorted(OUT.rglob("*.*")):
+            again = Path(temporary) / path.relative_to(OUT)
+            if path.suffix == ".safetensors":
+                torch.testing.assert_close(load_file(again), load_file(path), msg=str(path))
+            else:
+                assert again.read_bytes() == path.read_bytes(), path
+    print("the same as stored")
 
 
 if __name__ == "__main__":
-    main()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="compare, write nothing")
+    check() if parser.parse_args().check else make(OUT)

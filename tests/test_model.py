@@ -1,4 +1,3 @@
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -6,14 +5,16 @@ import pytest
 import torch
 from torch import nn
 
-from minidoctor.config import AdapterConfig, ModelConfig
-from minidoctor.files import read_tensors
+from minidoctor.config import AdapterConfig, ModelConfig, SampleConfig
+from minidoctor.files import read_header, read_tensors
+from minidoctor.generate import generate
 from minidoctor.model import KVCache, Model, adapter_state, is_adapter_name, rotary_frequencies, rotary_table, rotate
 from minidoctor.weights import load_model, save_model
 
 TINY = ModelConfig(vocab_size=50, dim=32, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=8, ffn_dim=48)
 EVERYWHERE = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-FIXTURE = Path(__file__).parent / "fixtures" / "llama"
+FIXTURES = Path(__file__).parent / "fixtures" / "models"
+FAMILIES = sorted(path.name for path in FIXTURES.iterdir())
 
 
 def tiny_model(adapter: AdapterConfig | None = None) -> Model:
@@ -27,19 +28,62 @@ def tiny_model(adapter: AdapterConfig | None = None) -> Model:
     return model
 
 
-@pytest.mark.parametrize("name", ["logits", "greedy"])
-def test_logits_equal_an_independent_implementation(name):
-    """Computed once by `tests/make_fixtures.py`; see there."""
-    model = load_model(FIXTURE)
-    stored = dict(read_tensors(FIXTURE / "expected.safetensors"))
+def prompts_and_logits(family):
+    """What `transformers` computes for three prompts of different lengths, one by one: see `make_fixtures.py`."""
+    stored = dict(read_tensors(FIXTURES / family / "expected.safetensors"))
+    lengths = sorted((int(name.split(".")[1]) for name in stored if name.startswith("tokens.")), reverse=True)
+    return [(stored[f"tokens.{n}"], stored[f"logits.{n}"], stored[f"greedy.{n}"]) for n in lengths]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_of_every_family_equal_an_independent_implementation(family):
+    """In one batch, the shorter ones padded on the right; beyond the window and beyond the original context."""
+    model, expected = load_model(FIXTURES / family), prompts_and_logits(family)
+    tokens = nn.utils.rnn.pad_sequence([tokens for tokens, _, _ in expected], batch_first=True)
     with torch.no_grad():
-        if name == "logits":
-            torch.testing.assert_close(model(stored["tokens"])[0], stored["logits"])
-        else:
-            tokens = stored["tokens"][:1]
-            for _ in range(stored["greedy"].shape[1] - tokens.shape[1]):
-                tokens = torch.cat([tokens, model(tokens)[0][:, -1:].argmax(-1)], dim=1)
-            assert torch.equal(tokens, stored["greedy"])
+        logits, _ = model(tokens)
+    for ours, (_, theirs, _) in zip(logits, expected, strict=True):
+        torch.testing.assert_close(ours[: len(theirs)], theirs)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_cached_logits_of_every_family_equal_an_independent_implementation(family):
+    model, expected = load_model(FIXTURES / family), prompts_and_logits(family)
+    for tokens, theirs, _ in expected:
+        cache = KVCache(model.config, 1, len(tokens), model.lm_head.weight)
+        for first, last in [(0, 4), *((i, i + 1) for i in range(4, len(tokens)))]:
+            cache.length = last
+            with torch.no_grad():
+                logits, _ = model(tokens[None, first:last], torch.arange(first, last)[None], cache)
+            torch.testing.assert_close(logits[0], theirs[first:last])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_continuations_of_every_family_are_those_of_an_independent_implementation(family):
+    model, expected = load_model(FIXTURES / family), prompts_and_logits(family)
+    prompts = [tokens.tolist() for tokens, _, _ in expected]
+    steps = list(generate(model, prompts, SampleConfig(temperature=0.0, max_new_tokens=64), stop_ids=()))
+    for written, (_, _, theirs) in zip(zip(*steps, strict=True), expected, strict=True):
+        assert list(written) == theirs.tolist()
+        assert len(written) == 64
+
+
+@pytest.mark.parametrize(
+    ("family", "change"),
+    [
+        ("llama-linear", {"rope_scaling": None}),
+        ("llama3", {"rope_scaling": None}),
+        ("mistral", {"window": 0}),
+        ("mistral", {"window": 9}),
+        ("qwen3", {"norm_eps": 1e-3}),
+    ],
+)
+def test_the_stored_logits_notice_a_switch_that_is_wrong(family, change):
+    model, (tokens, theirs, _) = load_model(FIXTURES / family), prompts_and_logits(family)[0]
+    wrong = Model(replace(model.config, **change)).eval()
+    wrong.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        assert not torch.allclose(wrong(tokens[None])[0][0], theirs, atol=1e-3)
 
 
 def test_a_token_is_not_seen_by_those_before_it():
@@ -146,6 +190,10 @@ def test_a_bfloat16_base_trains_float32_experts(tmp_path):
         assert (parameter.grad is not None) == is_adapter_name(name)
 
 
-def test_parameter_names_are_those_of_the_checkpoint():
-    names = set(json.loads((FIXTURE / "names.json").read_text()))
-    assert {name for name in load_model(FIXTURE).state_dict() if name != "lm_head.weight"} == names
+@pytest.mark.parametrize("family", FAMILIES)
+def test_parameter_names_are_those_of_the_checkpoint(family):
+    files = (FIXTURES / family).glob("model*.safetensors")
+    stored = {name for file in files for name in read_header(file)[0] if not name.endswith("inv_freq")}
+    ours = set(load_model(FIXTURES / family).state_dict())
+    packed = {name.replace("W_pack", part) for name in stored for part in ("q_proj", "k_proj", "v_proj")}
+    assert ours == packed | (ours & {"lm_head.weight"})
