@@ -114,18 +114,20 @@ def recognize(template: str, controls: Collection[str]) -> tuple[str, str] | Non
     """The name of the format that a checkpoint speaks and what shows it; None if it is none of the table's."""
     if re.search(r"assistant(\\n|\n)<think>", template):
         return None  # a model that always thinks before it answers
+    spaced_mistral = "mistral" if " [INST]" in template else "mistral-v1"
     marks = (  # the most telling first
         ("<|start_header_id|>", "Cutting Knowledge Date", "llama3.1"),
         ("<|start_header_id|>", "", "llama3"),
         ("<|im_start|>", "enable_thinking", "qwen3"),
         ("<|im_start|>", "", "chatml"),
         ("<<SYS>>", "[INST]", "llama2"),
-        ("[INST]", "", "mistral-v3" if "[INST]" in controls else "mistral" if " [INST]" in template else "mistral-v1"),
+        ("[INST] ", " [/INST]", spaced_mistral),
+        ("[INST] ", "[/INST]", "mistral-v3"),
     )
     for first, second, name in marks:
         if first in template and second in template:
             return name, f"its chat_template has {first}{' and ' + second if second else ''}"
-    if "<|user|>" in template and "<|assistant|>" in template and "<|end|>" not in template:
+    if re.search(r"<\|user\|>[^}]*eos_token", template) and "<|end|>" not in template:
         return "zephyr", "its chat_template has <|user|>"
     if template:
         return None
@@ -135,8 +137,15 @@ def recognize(template: str, controls: Collection[str]) -> tuple[str, str] | Non
     return "plain", "it has no chat_template"
 
 
+def adapt(name: str, template: str) -> Format:
+    """The format with what a ChatML template says of its own: a system message where there is none, bos in front."""
+    form = FORMATS[name]
+    if not form.opening.startswith("<|im_start|>"):
+        return form
+    return form._replace(start="{bos}" if "bos_token" in template else "", default_system=default_system(template))
+
+
 def default_system(template: str) -> str | None:
-    """The system message that a ChatML template puts where a conversation has none."""
     found = re.search(r"<\|im_start\|>system(?:\\n|\n)([^<>{}'\"]+)<\|im_end\|>", template)
     return found[1] if found else None
 

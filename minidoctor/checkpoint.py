@@ -43,11 +43,11 @@ def save_adapter_config(out: Path, base: str, adapter: AdapterConfig, chat_forma
 def read_adapter_config(directory: Path, base: str | Path) -> AdapterConfig:
     """Raises FileNotFoundError, or ValueError if the adapter is damaged or belongs to another base."""
     path = directory / CONFIG
-    content = read_object(path)
+    content, present = read_object(path), dataclasses.asdict(read_model_config(base))
     try:
         adapter = from_json(AdapterConfig, content["adapter"])
         name, model, expected = (content["base"][key] for key in ("name", "model", "fingerprint"))
-        trained_on = [(key, model[key], value) for key, value in dataclasses.asdict(read_model_config(base)).items()]
+        trained_on = [(key, model[key], value) for key, value in present.items()]
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: no adapter configuration ({error})") from None
     for key, before, now in trained_on:
@@ -75,6 +75,7 @@ def load_adapted_model(
     """
     directory = Path(directory)
     if is_peft(directory):
+        check_peft_base(directory, base)
         model = load_model(base, dtype, device, read_peft_config(directory))
         load_into(adapter_state(model), directory / WEIGHTS, our_name)
     else:
@@ -83,13 +84,24 @@ def load_adapted_model(
     return model
 
 
+def check_peft_base(directory: Path, base: str | Path) -> None:
+    """Raises ValueError if an adapter that was exported here belongs to another base; others do not say."""
+    _, metadata = read_header(directory / WEIGHTS)
+    if metadata.get("base_fingerprint", found := fingerprint(base)) != found:
+        raise ValueError(f"{directory / WEIGHTS}: the adapter was trained on another model than {base}")
+
+
 def load_into(state: dict[str, Tensor], path: Path, our_name: Callable[[str], str] | None = None) -> None:
     """Copies a file's tensors into those given, which must be the same by name, shape and dtype.
 
     With `our_name` it is a file of another program: it has names and a precision of its own.
     """
     rename = our_name or (lambda name: name)
-    entries = {rename(name): entry for name, entry in read_header(path)[0].items()}
+    stored = read_header(path)[0]
+    names = [rename(name) for name in stored]
+    entries = dict(zip(names, stored.values(), strict=True))
+    if len(entries) < len(names):
+        raise ValueError(f"{path}: {max(names, key=names.count)} stands twice, under different names")
     if different := set(entries) ^ set(state):
         raise ValueError(f"{path}: {len(different)} tensors are missing or unexpected: {min(different)}")
     for name, entry in entries.items():
@@ -176,12 +188,18 @@ def load(
 
     An adapter is asked in the chat format it was trained in. Raises FileNotFoundError or ValueError.
     """
-    if adapter and chat_format == "auto" and not is_peft(Path(adapter)):
-        chat_format = str(read_object(Path(adapter) / CONFIG).get("chat_format", "auto"))
+    if adapter and chat_format == "auto":
+        chat_format = trained_format(Path(adapter))
     tokenizer = load_tokenizer(base, chat_format)
     model = load_adapted_model(base, adapter, dtype, device) if adapter else load_model(base, dtype, device)
     check_vocabulary(base, model, tokenizer)
     return model, tokenizer
+
+
+def trained_format(adapter: Path) -> str:
+    """The chat format that an adapter was trained in; "auto" if it does not say."""
+    told = read_header(adapter / WEIGHTS)[1] if is_peft(adapter) else read_object(adapter / CONFIG)
+    return str(told.get("chat_format", "auto"))
 
 
 def check_vocabulary(base: str, model: Model, tokenizer: Tokenizer) -> None:

@@ -12,13 +12,13 @@ from pathlib import Path
 
 import torch
 
-from minidoctor.checkpoint import load_adapted_model
+from minidoctor.checkpoint import load_adapted_model, read_adapter_config, trained_format
 from minidoctor.config import choose_dtype, run
 from minidoctor.files import read_header, read_object
 from minidoctor.lora import LoRAExperts
 from minidoctor.model import Model, adapter_state
-from minidoctor.peft_layout import refuse_mixture, write_peft
-from minidoctor.weights import checkpoint_files, save_model
+from minidoctor.peft_layout import is_peft, refuse_mixture, write_peft
+from minidoctor.weights import checkpoint_files, fingerprint, save_model
 
 # What stands beside the weights in a checkpoint and is the same after merging.
 COPIED = (
@@ -43,6 +43,8 @@ def stored_dtype(base: str) -> torch.dtype:
     for path in checkpoint_files(Path(base)):
         for entry in read_header(path)[0].values():
             sizes[entry.dtype] = sizes.get(entry.dtype, 0) + entry.end - entry.begin
+    if not sizes:
+        raise ValueError(f"{base}: its files hold no tensor")
     return max(sizes, key=sizes.__getitem__)
 
 
@@ -66,19 +68,24 @@ def main() -> None:
     where.add_argument("--merge", metavar="DIR", help="write the merged checkpoint here")
     parser.add_argument("--dtype", default="auto", help="of the merged weights: auto (the base's), float32, bfloat16")
     given = parser.parse_args()
-    out = Path(given.peft or given.merge)
+    out, adapter = Path(given.merge if given.peft is None else given.peft), Path(given.adapter)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out}: exists already; choose a directory that is not there or empty")
-    cpu = torch.device("cpu")
-    dtype = stored_dtype(given.base) if given.dtype == "auto" else choose_dtype(given.dtype, cpu)
-    model = load_adapted_model(given.base, given.adapter, dtype)
+    if given.peft is not None and given.dtype != "auto":
+        raise ValueError("--dtype is for --merge; an adapter stays in float32")
+    if not is_peft(adapter):
+        refuse_mixture(read_adapter_config(adapter, given.base), "export")
+    dtype = stored_dtype(given.base) if given.dtype == "auto" else choose_dtype(given.dtype, torch.device("cpu"))
+    model, chat_format = load_adapted_model(given.base, adapter, dtype), trained_format(adapter)
     assert model.adapter
-    refuse_mixture(model.adapter, "export")
-    if given.peft:
-        write_peft(out, str(Path(given.base).resolve()), model.adapter, adapter_state(model))
+    if given.peft is not None:
+        notes = {"base_fingerprint": fingerprint(given.base), "chat_format": chat_format}
+        write_peft(out, str(Path(given.base).resolve()), model.adapter, adapter_state(model), notes)
     else:
         write_merged(given.base, model, out, dtype)
     print(out)
+    if chat_format != "auto":
+        print(f"trained in chat format {chat_format}")
 
 
 if __name__ == "__main__":

@@ -56,12 +56,14 @@ class Family(NamedTuple):
     normed_head: bool = False  # the rows of the output layer are used at length 1
 
 
+MISTRAL_SILENT = {"num_key_value_heads": 8, "sliding_window": 4096, "max_position_embeddings": 131072}
+QWEN_SILENT = {"num_key_value_heads": 32, "max_position_embeddings": 32768}
 QWEN_WINDOW = ("sliding_window", "max_window_layers")
 FAMILIES = {
     "llama": Family("LlamaForCausalLM"),
-    "mistral": Family("MistralForCausalLM", silent={"num_key_value_heads": 8, "sliding_window": 4096}),
-    "qwen2": Family("Qwen2ForCausalLM", {"qkv_bias": True}, {"num_key_value_heads": 32}, QWEN_WINDOW),
-    "qwen3": Family("Qwen3ForCausalLM", {"qk_norm": True}, {"num_key_value_heads": 32, "head_dim": 128}, QWEN_WINDOW),
+    "mistral": Family("MistralForCausalLM", {}, MISTRAL_SILENT),
+    "qwen2": Family("Qwen2ForCausalLM", {"qkv_bias": True}, QWEN_SILENT, QWEN_WINDOW),
+    "qwen3": Family("Qwen3ForCausalLM", {"qk_norm": True}, QWEN_SILENT | {"head_dim": 128}, QWEN_WINDOW),
     "baichuan": Family("BaiChuanForCausalLM", packed=True),
     "baichuan2": Family("BaichuanForCausalLM", packed=True, normed_head=True),
 }
@@ -87,17 +89,20 @@ def read_config(directory: Path) -> tuple[ModelConfig, Family]:
         heads = given.get("num_attention_heads")
         known = SILENT | dict(family.silent) | {k: v for k, v in given.items() if v is not None} | {"rope_theta": theta}
         if "num_key_value_heads" not in family.silent or "num_key_value_heads" in given:
-            known["num_key_value_heads"] = given.get("num_key_value_heads") or heads
+            groups = given.get("num_key_value_heads")
+            known["num_key_value_heads"] = heads if groups is None else groups
         if "sliding_window" in family.passed_over or given.get("sliding_window", 1) is None:
             known["sliding_window"] = 0
-        if known.get("head_dim") is None and isinstance(known.get("hidden_size"), int):
-            known["head_dim"] = known["hidden_size"] // heads if isinstance(heads, int) and heads > 0 else 0
+        if known.get("head_dim") is None:
+            dim = known.get("hidden_size")  # if it or the heads are no numbers, they are refused below
+            known["head_dim"] = dim // heads if type(dim) is type(heads) is int and heads > 0 else 2
         if missing := [key for key in KEYS.values() if known.get(key) is None]:
             raise ValueError(f"no {', '.join(missing)}")
         fields = {"qkv_bias": False, "qk_norm": False, **family.switches, "rope_scaling": scaling}
         return from_json(ModelConfig, fields | {field: known[key] for field, key in KEYS.items()}), family
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+        # In the words of the file, not in ours.
+        raise ValueError(f"{path}: " + re.sub(r"\w+", lambda word: KEYS.get(word[0], word[0]), str(error))) from None
 
 
 def family_of(given: dict[str, Any]) -> Family:
@@ -106,13 +111,15 @@ def family_of(given: dict[str, Any]) -> Family:
     supported = [name for name in FAMILIES if name != "baichuan2"]
     if not isinstance(kind, str) or kind not in supported:
         raise ValueError(f"model_type is {kind!r:.60}, supported are {', '.join(supported)}")
-    classes = given.get("architectures") or [FAMILIES[kind].architecture]
+    classes = given.get("architectures") or ([] if kind == "baichuan" else [FAMILIES[kind].architecture])
     if kind == "baichuan" and classes == [FAMILIES["baichuan2"].architecture]:
         kind = "baichuan2"  # told from the first by the spelling of its class
     family = FAMILIES[kind]
-    if [str(name).lower() for name in classes] != [family.architecture.lower()]:
+    if classes not in ([family.architecture], ["LLaMAForCausalLM"] if kind == "llama" else None):  # an old spelling
         raise ValueError(f"architectures is {classes!r:.60}, supported for {kind} is {[family.architecture]}")
-    if family.packed and ("max_position_embeddings" not in given or given.get("hidden_size") == 5120):
+    if family.normed_head and given.get("tie_word_embeddings"):
+        raise ValueError("tie_word_embeddings is True, supported is False where the output layer is normalised")
+    if family.packed and (given.get("max_position_embeddings") is None or given.get("hidden_size") == 5120):
         raise ValueError("no max_position_embeddings: a Baichuan of 13B weights, whose positions are ALiBi, not rotary")
     return family
 
@@ -126,7 +133,7 @@ def rope_of(given: dict[str, Any]) -> tuple[RopeScaling | None, Any]:
             raise ValueError(f"{key} is {settings!r:.80}, expected an object that no other key contradicts")
         rope |= settings
     theta = rope.pop("rope_theta", SILENT["rope_theta"])
-    kinds = {rope.pop(key) for key in ("rope_type", "type") if isinstance(rope.get(key), str)} or {"default"}
+    kinds = {str(rope.pop(key)) for key in ("rope_type", "type") if rope.get(key) is not None} or {"default"}
     known = {"linear": ["factor"], "llama3": list(SCALING_KEYS.values()), "default": []}
     if len(kinds) > 1 or not kinds <= set(known):
         raise ValueError(
@@ -147,16 +154,17 @@ def rope_of(given: dict[str, Any]) -> tuple[RopeScaling | None, Any]:
 
 def check_settings(given: dict[str, Any], family: Family) -> None:
     """Raises ValueError at the first key that asks for something this decoder does not compute."""
+    window = given.get("sliding_window", family.silent.get("sliding_window"))
+    if window and not family.passed_over and "sliding_window" not in family.silent:
+        raise ValueError(f"sliding_window is {window!r:.60}, which is not supported for {family.architecture}")
     read = {*KEYS.values(), "rope_scaling", "rope_parameters", *family.passed_over}
-    if "sliding_window" not in family.silent:
-        read -= {"sliding_window"} - set(family.passed_over)
     for key, value in given.items():
         if key in FIXED:
             if value is not None and value != FIXED[key]:
                 raise ValueError(f"{key} is {value!r:.60}, supported is {FIXED[key]!r}")
         elif key == "layer_types":
-            kind = "sliding_attention" if given.get("sliding_window") and not family.passed_over else "full_attention"
-            if value and any(other != kind for other in value):
+            kind = "sliding_attention" if window and not family.passed_over else "full_attention"
+            if value is not None and (not isinstance(value, list) or any(other != kind for other in value)):
                 raise ValueError(f"{key} is {value!r:.60}, supported is {kind} in every layer")
         elif key not in read and re.search(MATTERS, key) and not is_off(value):
             raise ValueError(f"{key} is {value!r:.60}, which is not supported for {family.architecture}")
@@ -175,6 +183,7 @@ def config_settings(config: ModelConfig) -> dict[str, Any]:
     if not config.window:
         del settings["sliding_window"]
     if scaling := config.rope_scaling:
+        read = ["factor"] if scaling.kind == "linear" else list(SCALING_KEYS)
         settings["rope_scaling"] = {"rope_type": scaling.kind}
-        settings["rope_scaling"] |= {key: getattr(scaling, field) for field, key in SCALING_KEYS.items()}
+        settings["rope_scaling"] |= {SCALING_KEYS[field]: getattr(scaling, field) for field in read}
     return {"architectures": [FAMILIES[kind].architecture], "model_type": kind, **FIXED, **settings}

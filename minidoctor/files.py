@@ -157,6 +157,7 @@ def read_tensors(
     well, and a mapped file that shrinks kills the process. Raises as `read_header`.
     """
     entries, _ = read_header(path)
+    buffer = torch.empty(0)  # one for all: many would leave holes in the memory between the tensors
     with path.open("rb") as file:
         for name, entry in entries.items():
             if names is not None and name not in names:
@@ -165,7 +166,8 @@ def read_tensors(
             tensor = torch.empty(entry.shape, dtype=wanted, device=device)
             direct = wanted == entry.dtype and tensor.device.type == "cpu"
             file.seek(entry.begin)
-            buffer = torch.empty(0 if direct else min(tensor.numel(), PART), dtype=entry.dtype)
+            if not direct and (buffer.dtype != entry.dtype or len(buffer) < min(tensor.numel(), PART)):
+                buffer = torch.empty(min(tensor.numel(), PART), dtype=entry.dtype)
             for part in tensor.view(-1).split(PART):
                 stored = part if direct else buffer[: len(part)]
                 content = stored.view(torch.uint8).numpy().data

@@ -185,7 +185,10 @@ class Decoder(nn.Module):
 
     def __init__(self, config: ModelConfig, adapter: AdapterConfig | None):
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.dim)
+        # Not nn.Embedding's own normal values: drawing these without memory (device "meta", as when a checkpoint
+        # is loaded) makes torch import its compiler, which takes two seconds.
+        rows = torch.empty(config.vocab_size, config.dim).uniform_(-(3**0.5), 3**0.5)  # of variance 1, too
+        self.embed_tokens = nn.Embedding.from_pretrained(rows, freeze=False)
         self.layers = nn.ModuleList(Block(config, adapter, layer) for layer in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
 

@@ -8,6 +8,7 @@ gate of an expert depends on the token, so neither `peft` nor a merged weight ca
 """
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,18 +49,20 @@ def read_peft_config(directory: Path) -> AdapterConfig:
     if given.get("init_lora_weights", True) not in (True, False, "gaussian"):  # the others change the base's weights
         raise ValueError(f"{path}: init_lora_weights is {given['init_lora_weights']!r:.60}, which is not supported")
     for key, value in given.items():
-        if key not in HARMLESS and value not in (None, False, 0, "", [], {}):
+        off = value is None or value is False or value in ("", [], {})  # 0 is a layer
+        if key not in HARMLESS and not off:
             raise ValueError(f"{path}: {key} is {value!r:.60}, which is not supported")
     rank: Any = given.get("r")
     alpha: Any = given.get("lora_alpha")
     targets: Any = given.get("target_modules")
     if type(rank) is not int or type(alpha) not in (int, float) or not isinstance(targets, list):
         raise ValueError(f"{path}: expected r and lora_alpha as numbers and target_modules as a list of names")
-    if given.get("use_rslora"):  # scales by alpha / sqrt(r)
-        alpha *= max(rank, 0) ** 0.5
+    targets = [str(target).rsplit(".", 1)[-1] for target in targets]  # a small model's are listed one by one
     if unknown := [target for target in targets if target not in TARGETS]:
         raise ValueError(f"{path}: target_modules has {unknown[0]!r:.60}, supported are {', '.join(TARGETS)}")
     try:
+        if given.get("use_rslora"):  # scales by alpha / sqrt(r)
+            alpha *= max(rank, 0) ** 0.5
         return AdapterConfig(
             n_experts=1, top_k=1, rank=rank, alpha=float(alpha), targets=tuple(t for t in TARGETS if t in targets)
         )
@@ -77,8 +80,10 @@ def their_name(ours: str) -> str:
     return "base_model.model." + ours.replace(".lora_a", ".lora_A.weight").replace(".lora_b", ".lora_B.weight")
 
 
-def write_peft(directory: Path, base: str, adapter: AdapterConfig, state: dict[str, Tensor]) -> None:
-    """Raises ValueError if there is more than one expert."""
+def write_peft(
+    directory: Path, base: str, adapter: AdapterConfig, state: dict[str, Tensor], notes: Mapping[str, str] | None = None
+) -> None:
+    """`notes` are kept beside the weights, where `peft` does not look. Raises ValueError with more than one expert."""
     refuse_mixture(adapter, "the PEFT layout")
     directory.mkdir(parents=True, exist_ok=True)
     settings: dict[str, Any] = {
@@ -93,5 +98,5 @@ def write_peft(directory: Path, base: str, adapter: AdapterConfig, state: dict[s
         "inference_mode": True,
     }
     theirs = {their_name(name): tensor for name, tensor in state.items()}
-    write_tensors(directory / WEIGHTS, theirs, {"format": "pt"})
+    write_tensors(directory / WEIGHTS, theirs, {"format": "pt", **(notes or {})})
     write_json(directory / CONFIG, settings)

@@ -50,13 +50,17 @@ class SentencePieces:
         if spaced is None:  # the model's own way
             spaced = "never" if self.processor.encode("a") == without.encode("a") else "always"
         self.at = {place: with_space if place in SPACED[spaced] else without for place in (START, SECTION, INSIDE)}
-        self.size: int = self.processor.vocab_size()
+        self.n_pieces: int = self.processor.vocab_size()
         self.unk_id: int | None = self.processor.unk_id()
         self.bos_id, self.eos_id = (i if i >= 0 else None for i in (self.processor.bos_id(), self.processor.eos_id()))
         self.starts_with_bos = True
-        own = [Added(self.processor.id_to_piece(i), i, True) for i in range(self.size) if self.processor.IsControl(i)]
+        own = [
+            Added(self.processor.id_to_piece(i), i, True) for i in range(self.n_pieces) if self.processor.IsControl(i)
+        ]
         self.added = own + added
         self.words = {token.name: token.id for token in added if not token.control}
+        self.word_of = {i: name for name, i in self.words.items()}
+        self.size = max([self.n_pieces, *(i + 1 for i in self.words.values())])
         self.word = re.compile("(" + "|".join(map(re.escape, sorted(self.words, key=len, reverse=True))) + ")")
 
     def encode(self, text: str, place: str) -> list[int]:
@@ -68,7 +72,13 @@ class SentencePieces:
         return ids
 
     def decode(self, ids: list[int]) -> str:
-        return self.processor.decode(ids)
+        text, run, place = "", list[int](), START
+        for i in ids:
+            if i in self.word_of:
+                text, run, place = text + self.at[place].decode(run) + self.word_of[i], [], SECTION
+            elif i < self.n_pieces:
+                run.append(i)
+        return text + self.at[place].decode(run)
 
     def id_of(self, name: str) -> int | None:
         found = self.processor.piece_to_id(name)
@@ -87,19 +97,21 @@ class JsonPieces:
         try:
             tokens = content.get("added_tokens") or []
             self.added = [Added(token["content"], token["id"], token["special"]) for token in tokens]
-            # Control tokens are taken out: the package would find them in every text.
-            content["added_tokens"] = [t for t, a in zip(tokens, self.added, strict=True) if not a.control]
+            # What is special stays text below. (Taken out of the list, the words that stay would get other ids.)
+            content["added_tokens"] = [t | {"special": a.control} for t, a in zip(tokens, self.added, strict=True)]
+            self.starts_with_bos = starts_with_special(content)
+            # How whole batches are cut, filled up and framed is none of this file's business.
+            content |= {"truncation": None, "padding": None, "post_processor": None}
             self.reader = without = Reader.from_str(json.dumps(content))
             if (spaced := spacing(content)) != "never":
                 without = Reader.from_str(json.dumps(without_space(content)))
-            start = self.reader.encode("").ids
+            self.reader.encode_special_tokens = without.encode_special_tokens = True
         except Exception as error:  # the package raises nothing more particular
             raise ValueError(f"{path}: not a tokenizer ({error!s:.200})") from None
         self.at = {place: self.reader if place in SPACED[spaced] else without for place in (START, SECTION, INSIDE)}
         self.size: int = self.reader.get_vocab_size()
         self.unk_id: int | None = self.reader.token_to_id(content["model"].get("unk_token") or "")
         self.bos_id = self.eos_id = None  # this file does not say which they are
-        self.starts_with_bos = bool(start)
 
     def encode(self, text: str, place: str) -> list[int]:
         return self.at[place].encode(text, add_special_tokens=False).ids
@@ -109,6 +121,15 @@ class JsonPieces:
 
     def id_of(self, name: str) -> int | None:
         return self.reader.token_to_id(name)
+
+
+def starts_with_special(content: dict[str, Any]) -> bool:
+    """Whether a tokenizer.json puts a control token in front of every text."""
+    step = content.get("post_processor") or {}
+    for part in step.get("processors", [step]):
+        if part.get("type") == "TemplateProcessing":
+            return "SpecialToken" in part["single"][0]
+    return False
 
 
 def spacing(content: dict[str, Any]) -> str:
@@ -171,9 +192,9 @@ def markers_as_control(model: bytes) -> bytes:
 
 def read_varint(data: bytes, at: int) -> tuple[int, int]:
     """A protobuf integer, seven bits a byte, lowest first, and where it ends."""
-    value, shift = 0, 0
-    while True:
-        value |= (data[at] & 0x7F) << shift
-        shift, at = shift + 7, at + 1
-        if data[at - 1] < 0x80:
-            return value, at
+    value = 0
+    for place in range(10):  # no integer has more
+        value |= (data[at + place] & 0x7F) << 7 * place
+        if data[at + place] < 0x80:
+            return value, at + place + 1
+    raise IndexError("an integer without an end")

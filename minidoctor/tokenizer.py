@@ -11,7 +11,7 @@ nowhere else:
 from pathlib import Path
 from typing import Any
 
-from minidoctor.chat import FORMATS, Format, default_system, layout, recognize
+from minidoctor.chat import FORMATS, Format, adapt, layout, recognize
 from minidoctor.config import LARGEST
 from minidoctor.files import read_bytes, read_object
 from minidoctor.pieces import INSIDE, SECTION, START, Added, JsonPieces, SentencePieces, spacing
@@ -39,7 +39,8 @@ class Tokenizer:
         end = [controls[form.end]] if form and form.end in controls else []
         self.eos_ids = tuple(dict.fromkeys(end + eos_ids))
         self.controls = controls
-        self.names = {i: pieces.decode([i]) or name for name, i in controls.items() if i != pieces.unk_id}
+        # Backwards, so that "<s>" and not "{bos}" is the name that stays.
+        self.names = {i: pieces.decode([i]) or name for name, i in reversed(controls.items()) if i != pieces.unk_id}
         self.shown = {token.id for token in pieces.added if token.control and not token.special}
         used = [controls[name] for name in (form.needs if form else ())]
         self.vocab_size = max([pieces.size, *(i + 1 for i in (*used, *start, *self.eos_ids))])
@@ -96,10 +97,9 @@ def load_tokenizer(directory: str | Path, chat_format: str = "auto") -> Tokenize
     model, content = directory / "tokenizer.model", directory / "tokenizer.json"
     if not model.is_file() and not content.is_file():
         raise FileNotFoundError(f"{directory}: no tokenizer.model or tokenizer.json here")
-    settings = read_settings(directory)
     try:
-        return make_tokenizer(model, content, settings, chat_format)
-    except (KeyError, TypeError, AttributeError) as error:  # JSON of another shape than anybody writes
+        return make_tokenizer(model, content, read_settings(directory), chat_format)
+    except (KeyError, TypeError, AttributeError, IndexError) as error:  # JSON of another shape than anybody writes
         raise ValueError(f"{directory}: the tokenizer's settings cannot be understood ({error!r:.80})") from None
 
 
@@ -126,8 +126,11 @@ def make_tokenizer(model: Path, content: Path, settings: dict[str, Any], chat_fo
     listed = settings.get("eos_token_id", [])
     eos_ids = [controls["{eos}"]] if "{eos}" in controls else []
     eos_ids += listed if isinstance(listed, list) else [listed]
-    if not all(type(i) is int and 0 <= i <= LARGEST for i in (*controls.values(), *eos_ids)):
+    ids = [*controls.values(), *eos_ids, *(token.id for token in pieces.added)]
+    if not all(type(i) is int and 0 <= i <= LARGEST for i in ids):
         raise ValueError(f"{model.parent}: a token id must be a whole number, at least 0")
+    if not all(isinstance(token.name, str) for token in pieces.added):
+        raise ValueError(f"{model.parent}: the name of a token must be text")
     starts = settings.get("add_bos_token", pieces.starts_with_bos)
     start = [controls["{bos}"]] if starts and "{bos}" in controls else []
     format_name, form, why = choose_format(chat_format, settings, controls, model.parent)
@@ -154,9 +157,11 @@ def read_settings(directory: Path) -> dict[str, Any]:
 
 def added_tokens(settings: dict[str, Any]) -> list[Added]:
     """What was added to a SentencePiece vocabulary, which cannot say it itself."""
-    older = [Added(name, i, True) for name, i in settings.get("added_tokens", {}).items()]
-    newer = settings.get("added_tokens_decoder", {}).items()
-    return older + [Added(token["content"], int(i), token.get("special", True)) for i, token in newer]
+    tokens = {name: Added(name, i, True) for name, i in settings.get("added_tokens", {}).items()}
+    for i, token in settings.get("added_tokens_decoder", {}).items():  # newer files, which say more
+        number = int(i) if i.isdecimal() else -1  # refused with the other ids
+        tokens[token["content"]] = Added(token["content"], number, token.get("special", True))
+    return list(tokens.values())
 
 
 def spacing_of(settings: dict[str, Any]) -> str | None:
@@ -181,11 +186,12 @@ def choose_format(
     if not found:
         return None, None, f"{directory}: its chat_template is none of {', '.join(FORMATS)}; --chat-format chooses one"
     name, why = found
-    form = FORMATS[name]
+    form = adapt(name, settings["chat_template"])
     if missing := [token for token in form.needs if token not in controls]:
-        raise ValueError(f"{directory}: chat format {name} needs the token {missing[0]}, which is not there")
-    if (own := default_system(settings["chat_template"])) is not None:
-        form = form._replace(default_system=own)
+        message = f"{directory}: chat format {name} ({why}) needs the token {missing[0]}, which is not there"
+        if chat_format != "auto":
+            raise ValueError(message)
+        return None, None, f"{message}; --chat-format chooses another"
     return name, form, f"chat format {name} ({why})"
 
 

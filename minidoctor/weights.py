@@ -34,7 +34,7 @@ def checkpoint_files(directory: Path) -> list[Path]:
     if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
         raise ValueError(f"{index}: weight_map must map tensor names to files")
     for name in names.values():
-        if Path(name).name != name or not name.endswith(".safetensors") or len(name) > 200:
+        if Path(name).name != name or not name.endswith(".safetensors") or len(name.encode(errors="replace")) > 200:
             raise ValueError(f"{index}: {name!r:.60} is no safetensors file of this directory")
     return [directory / name for name in sorted(set(names.values()))]
 
@@ -69,11 +69,11 @@ def load_model(
     loaded: dict[str, Tensor] = {}
     for file in files:
         for name, tensor in read_tensors(file, dtype, device, stored):
-            rows = [shape[0] for shape in stored[name].values()]
-            loaded |= zip(stored[name], tensor.split(rows), strict=True)
+            sizes = [shape[0] for shape in stored[name].values()]
+            loaded |= zip(stored[name], tensor.split(sizes), strict=True)
     if family.normed_head:
-        head = loaded["lm_head.weight"]
-        head /= torch.linalg.vector_norm(head, dim=1, keepdim=True, dtype=torch.float32).clamp(min=1e-12)
+        for rows in loaded["lm_head.weight"].split(256):  # of all at once there would be copies in float32
+            rows /= torch.linalg.vector_norm(rows, dim=1, keepdim=True, dtype=torch.float32).clamp(min=1e-12)
     if config.tied:
         loaded["lm_head.weight"] = loaded["model.embed_tokens.weight"]
     model.load_state_dict(loaded | adapter_state(model), assign=True)

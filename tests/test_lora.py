@@ -56,6 +56,42 @@ def test_one_expert_is_plain_lora_bit_for_bit():
     assert torch.equal(layer(x, torch.ones(2, 7, 1)), plain)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias", [False, True])
+def test_plain_lora_is_the_same_with_and_without_gates_bit_for_bit(dtype, bias):
+    layer = LoRAExperts(16, 12, n_experts=1, rank=4, alpha=6.0, bias=bias)
+    layer.weight.data = layer.weight.data.to(dtype)
+    if bias:
+        layer.bias.data = nn.init.normal_(layer.bias.data).to(dtype)
+    nn.init.normal_(layer.lora_b)
+    x, seed = torch.randn(2, 7, 16, dtype=dtype, requires_grad=True), torch.randn(2, 7, 12, dtype=dtype)
+    results = []
+    for gates in ([], [torch.ones(2, 7, 1)]):
+        y = layer(x, *gates)
+        results.append([y, *torch.autograd.grad(y, [x, layer.lora_a, layer.lora_b], seed)])
+    for without, with_gates in zip(*results, strict=True):
+        assert torch.equal(without, with_gates)
+    if dtype == torch.float32:
+        plain = F.linear(x, layer.weight, layer.bias) + 6.0 / 4 * (x @ layer.lora_a.T @ layer.lora_b.T)
+        torch.testing.assert_close(results[0][0], plain)
+
+
+def test_a_bias_is_added_once_and_frozen():
+    layer = LoRAExperts(6, 5, n_experts=3, rank=2, alpha=4.0, bias=True)
+    nn.init.normal_(layer.lora_b)
+    x, gates = torch.randn(2, 7, 6), torch.rand(2, 7, 3)
+    torch.testing.assert_close(layer(x, gates), loop_over_experts(layer, x, gates) + layer.bias)
+    assert {name for name, p in layer.named_parameters() if p.requires_grad} == {"lora_a", "lora_b"}
+    assert LoRAExperts(6, 5, n_experts=3, rank=2, alpha=4.0).bias is None
+
+
+def test_without_gates_every_expert_serves_in_full():
+    layer = LoRAExperts(6, 5, n_experts=3, rank=2, alpha=4.0)
+    nn.init.normal_(layer.lora_b)
+    x = torch.randn(2, 7, 6)
+    torch.testing.assert_close(layer(x), loop_over_experts(layer, x, torch.ones(2, 7, 3)))
+
+
 def test_new_experts_change_nothing_and_the_weight_is_frozen():
     layer = LoRAExperts(6, 5, n_experts=3, rank=2, alpha=4.0)
     x = torch.randn(2, 7, 6)

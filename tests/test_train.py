@@ -296,6 +296,47 @@ def test_frozen_weights_stay_as_they_are(make_config):
     assert all(tensor.abs().max() > 0 for tensor in adapter_state(model).values())
 
 
+def test_plain_lora_trains_without_router_top_k_or_routing_losses_and_resumes(make_config, tmp_path, monkeypatch, data):
+    shared = make_config(eval=str(data), log_every=4)
+    flags = [f"--{name}={getattr(shared, name)}" for name in ("base", "data", "eval", "lr", "warmup", "device")]
+    flags += ["--batch-size=4", "--steps=6", "--save-every=4", "--log-every=2", "--n-experts=1", "--rank=2"]
+
+    def start(*words):
+        monkeypatch.setattr(sys, "argv", ["train.py", *words])
+        train.main()
+
+    def stop_at_four(log, step, figures, seconds):
+        log.waiting.append((step, figures, seconds))
+        if step == 3:
+            signal.raise_signal(signal.SIGINT)
+
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    start(f"--out={whole}", *flags)
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Log, "add", stop_at_four)
+        start(f"--out={parts}", *flags)
+    assert read_run(parts)["step"] == 4
+    start(f"--out={parts}", "--resume", "--n-experts=1")
+    assert contents(parts) == contents(whole)
+    tensors = dict(read_tensors(whole / ADAPTER))
+    assert {name.split(".")[-1] for name in tensors} == {"lora_a", "lora_b"}
+    assert all(tensor.abs().max() > 0 for tensor in tensors.values())
+    assert not any(name.startswith("queue.") for name, _ in read_tensors(whole / STATE))
+    for line in (whole / "metrics.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        assert not {"balance", "contrast"} & set(row)
+        assert row["loss"] == row["lm"]
+    report = json.loads((whole / "report.json").read_text())
+    assert report["expert_load"] == []
+    assert report["adapter"]["top_k"] == 1
+    assert report["eval_after"]["nll"] < report["eval_before"]["nll"]
+
+
+def test_plain_lora_with_two_experts_for_a_token_is_refused():
+    with pytest.raises(ValueError, match="top_k must be between 1 and n_experts=1, got 2"):
+        train.start_or_resume({"n_experts": 1, "top_k": 2})
+
+
 def test_learning_rate_warms_up_and_falls_to_a_tenth():
     config = TrainConfig(steps=100, warmup=10, lr=1.0)
     rates = [train.learning_rate(step, config) for step in range(100)]
