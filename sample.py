@@ -95,7 +95,7 @@ def main() -> None:
         raise ValueError("the question is empty")
     device = choose_device(given.device)
     dtype = choose_dtype(given.dtype, device)
-    model, tokenizer = load(given.base, given.adapter, dtype, device, given.chat_format)
+    model, tokenizer = load(given.base, given.adapter, dtype, device, given.chat_format, chats=not given.raw)
     if given.raw:
         stream(model, tokenizer, tokenizer.start + tokenizer.encode(given.question), config)
         return

@@ -296,6 +296,8 @@ def train(config: TrainConfig, adapter: AdapterConfig, state: dict[str, Any]) ->
     device, out = choose_device(config.device), Path(config.out)
     torch.manual_seed(config.seed)  # of the experts' first values
     tokenizer = load_tokenizer(config.base, config.chat_format)
+    if not tokenizer.format:
+        raise ValueError(tokenizer.note)
     model = load_model(config.base, choose_dtype(config.dtype, device), device, adapter)
     check_vocabulary(config.base, model, tokenizer)
     encoded = [encode(row.messages, tokenizer, config.max_seq_len) for row in read_rows(config.data)]
@@ -318,7 +320,7 @@ def train(config: TrainConfig, adapter: AdapterConfig, state: dict[str, Any]) ->
     if state:
         restore(out, model, optimizer, queue, state, digest.hexdigest())
     else:
-        save_adapter_config(out, config.base, adapter, tokenizer.chat_format or "auto")
+        save_adapter_config(out, config.base, adapter, str(tokenizer.chat_format))
         state = {"step": 0, "seconds": 0.0, "tokens": 0, "load": [], "eval_before": None}
         state |= {"config": config, "adapter": adapter, "data": digest.hexdigest()}
         save(out, model, optimizer, queue, state)

@@ -23,10 +23,10 @@ class Format(NamedTuple):
     end: str = "{eos}"  # the token that ends the answer, learned with it
     after: str = ""  # follows the answer, not learned
     start: str = "{bos}"
-    past_opening: str | None = None  # `opening` of an answer that other questions followed, where it differs
-    past_end: str | None = None  # and its `end`
+    past_opening: str | None = None  # `opening` and `end` of earlier answers, if not those of the last
+    past_end: str | None = None
     default_system: str | None = None  # what stands there when a conversation has no system message
-    system_inside: str = ""  # the system message is the beginning of the user's "first", or "last"
+    system_inside: str = ""  # "first" or "last": the user's message that it is put in front of, no turn of its own
     strip: bool = False  # messages lose the white space around them
     needs: tuple[str, ...] = ()  # control tokens without which a conversation cannot be told from text
 
@@ -126,7 +126,7 @@ def recognize(template: str, controls: Collection[str]) -> tuple[str, str] | Non
     )
     for first, second, name in marks:
         if first in template and second in template:
-            return name, f"its chat_template has {first}{' and ' + second if second else ''}"
+            return name, f"its chat_template has {first.strip()}{' and ' + second.strip() if second else ''}"
     if re.search(r"<\|user\|>[^}]*eos_token", template) and "<|end|>" not in template:
         return "zephyr", "its chat_template has <|user|>"
     if template:
@@ -154,8 +154,11 @@ def layout(messages: list[dict[str, str]], form: Format, controls: Iterable[str]
     """The conversation in pieces, texts and control tokens, ready to be encoded one by one.
 
     Only the format's own markup is searched for control tokens, never a message. Ends with the opening of the
-    assistant's turn when the last message is not the assistant's.
+    assistant's turn when the last message is not the assistant's. Raises ValueError if nothing was asked.
     """
+    asked = [i for i, message in enumerate(messages) if message["role"] == "user"]
+    if not asked:
+        raise ValueError("a conversation needs a message of the user's")
     special = re.compile("(" + "|".join(map(re.escape, sorted(controls, key=len, reverse=True))) + ")")
     pieces: list[Piece] = []
 
@@ -175,7 +178,6 @@ def layout(messages: list[dict[str, str]], form: Format, controls: Iterable[str]
     write(form.start)
     if form.default_system is not None and messages[0]["role"] != "system":
         write(form.system, form.default_system)
-    asked = [i for i, message in enumerate(messages) if message["role"] == "user"] or [0]
     host = {"first": asked[0], "last": asked[-1]}.get(form.system_inside)  # of the system message
     inside = "".join(form.system.replace("{}", m["content"]) for m in messages if m["role"] == "system")
     for i, message in enumerate(messages):

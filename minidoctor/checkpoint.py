@@ -182,15 +182,23 @@ def restore(
 
 
 def load(
-    base: str, adapter: str | None, dtype: torch.dtype, device: torch.device, chat_format: str = "auto"
+    base: str,
+    adapter: str | None,
+    dtype: torch.dtype,
+    device: torch.device,
+    chat_format: str = "auto",
+    chats: bool = True,
 ) -> tuple[Model, Tokenizer]:
     """What the programs ask: a base, with a trained adapter or alone, and its tokenizer.
 
-    An adapter is asked in the chat format it was trained in. Raises FileNotFoundError or ValueError.
+    An adapter is asked in the chat format it was trained in. Raises FileNotFoundError or ValueError, also where no
+    chat format is known, unless `chats` is False.
     """
     if adapter and chat_format == "auto":
         chat_format = trained_format(Path(adapter))
     tokenizer = load_tokenizer(base, chat_format)
+    if chats and not tokenizer.format:  # said before gigabytes are read
+        raise ValueError(tokenizer.note)
     model = load_adapted_model(base, adapter, dtype, device) if adapter else load_model(base, dtype, device)
     check_vocabulary(base, model, tokenizer)
     return model, tokenizer

@@ -68,7 +68,7 @@ class RopeScaling:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A decoder: its shape, and what its family does in its own way. `weights.py` reads it from config.json."""
+    """A decoder: its shape, and what its family does in its own way. `families.py` reads it from config.json."""
 
     vocab_size: int
     dim: int

@@ -14,7 +14,7 @@ import torch
 
 from minidoctor.checkpoint import load_adapted_model, read_adapter_config, trained_format
 from minidoctor.config import choose_dtype, run
-from minidoctor.files import read_header, read_object
+from minidoctor.files import read_header, read_object, write_json
 from minidoctor.lora import LoRAExperts
 from minidoctor.model import Model, adapter_state
 from minidoctor.peft_layout import is_peft, refuse_mixture, write_peft
@@ -55,6 +55,10 @@ def write_merged(base: str, model: Model, out: Path, dtype: torch.dtype) -> None
     for name in COPIED:
         if (Path(base) / name).is_file():
             shutil.copyfile(Path(base) / name, out / name)
+    settings = read_object(out / "tokenizer_config.json") if (out / "tokenizer_config.json").is_file() else {}
+    if "auto_map" in settings:  # names a program that is not copied; a SentencePiece model needs none
+        settings |= {"tokenizer_class": "LlamaTokenizer", "auto_map": None}
+        write_json(out / "tokenizer_config.json", settings)
 
 
 def main() -> None:
@@ -85,7 +89,7 @@ def main() -> None:
         write_merged(given.base, model, out, dtype)
     print(out)
     if chat_format != "auto":
-        print(f"trained in chat format {chat_format}")
+        print(f"trained in chat format {chat_format}: if it is not recognized, ask with --chat-format {chat_format}")
 
 
 if __name__ == "__main__":

@@ -51,7 +51,7 @@ class Family(NamedTuple):
     architecture: str
     switches: Mapping[str, bool] = MappingProxyType({})  # of ModelConfig
     silent: Mapping[str, Any] = MappingProxyType({})  # where its defaults are not Llama's
-    passed_over: tuple[str, ...] = ()  # keys without a meaning while those of FIXED have their value
+    passed_over: tuple[str, ...] = ()  # keys that count only with use_sliding_window, which is refused
     packed: bool = False  # q, k and v are rows of one matrix, W_pack
     normed_head: bool = False  # the rows of the output layer are used at length 1
 
@@ -70,7 +70,10 @@ FAMILIES = {
 # What this decoder takes for granted: any other value is refused, not ignored.
 FIXED = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "use_sliding_window": False}
 # A key that is not known here is harmless, unless its name speaks of something that changes what is computed.
-MATTERS = r"expert|moe|quant|softcap|multiplier|scal|bias|norm|rope|rotary|window|alibi|position_embedding|pattern"
+MATTERS = (
+    r"expert|moe|quant|softcap|multiplier|scal|bias|norm|rope|rotary|window|"
+    r"alibi|position_embedding|pattern|soft_?cap|clip|chunk"
+)
 OFF: tuple[Any, ...] = (None, 0, 1, "", "none", "default", [], {})
 
 
@@ -102,7 +105,9 @@ def read_config(directory: Path) -> tuple[ModelConfig, Family]:
         return from_json(ModelConfig, fields | {field: known[key] for field, key in KEYS.items()}), family
     except ValueError as error:
         # In the words of the file, not in ours.
-        raise ValueError(f"{path}: " + re.sub(r"\w+", lambda word: KEYS.get(word[0], word[0]), str(error))) from None
+        raise ValueError(
+            f"{path}: " + re.sub(r"\w+", lambda word: (KEYS | SCALING_KEYS).get(word[0], word[0]), str(error))
+        ) from None
 
 
 def family_of(given: dict[str, Any]) -> Family:
@@ -175,7 +180,10 @@ def is_off(value: Any) -> bool:
 
 
 def config_settings(config: ModelConfig) -> dict[str, Any]:
-    """What config.json says of a model whose weights are stored one by one: a Baichuan is then a Llama."""
+    """What config.json says of a model whose weights are stored one by one.
+
+    A Baichuan is then a Llama, and so is a Mistral without a window.
+    """
     kind = "qwen3" if config.qk_norm else "qwen2" if config.qkv_bias else "mistral" if config.window else "llama"
     if (config.window and kind != "mistral") or (config.qk_norm and config.qkv_bias):
         raise ValueError("no family has this combination of window, qkv_bias and qk_norm")

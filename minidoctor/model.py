@@ -4,7 +4,7 @@
     x = x + feed_forward(norm(x))       SwiGLU: down(silu(gate(x)) * up(x))
 
 Llama, Mistral, Qwen2, Qwen3 and Baichuan differ by four switches of the config (qkv_bias, qk_norm, window,
-rope_scaling) and by how their weights are stored, which `weights.py` knows.
+rope_scaling) and by how their weights are stored, which `families.py` knows.
 
 Parameter names are those of Hugging Face checkpoints (`model.layers.0.mlp.gate_proj.weight`), so loading needs
 no table. A sublayer with experts adds `router.*` and, in each adapted linear, `lora_a` and `lora_b`.
@@ -139,8 +139,10 @@ class Attention(nn.Module):
         if cache:
             k, v = cache.write(self.layer, positions, k, v)  # (B, G, S, C)
         if cache or 0 < self.window < x.shape[1]:
-            distance = positions[:, None, :, None] - torch.arange(k.shape[2], device=x.device)  # (B, 1, T, S)
-            mask = (distance >= 0) & (distance < (self.window or math.inf))
+            own, others = positions[:, None, :, None], torch.arange(k.shape[2], device=x.device)
+            mask = own >= others  # (B, 1, T, S)
+            if self.window:
+                mask &= others > own - self.window
         out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=True)  # (B, H, T, C)
         return apply(self.o_proj, out.transpose(1, 2).flatten(2), routing), routing  # (B, T, D)
 

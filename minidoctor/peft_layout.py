@@ -18,10 +18,12 @@ from minidoctor.config import TARGETS, AdapterConfig
 from minidoctor.files import read_object, write_json, write_tensors
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-# Of its settings those that change nothing once an adapter is trained; any other must be off.
+# Of its settings those that are read below, and those that change nothing once an adapter is trained; any other
+# must be off.
+READ = ("peft_type", "bias", "init_lora_weights", "r", "lora_alpha", "target_modules", "use_rslora")
 HARMLESS = (
-    *("peft_type", "r", "lora_alpha", "target_modules", "use_rslora", "bias", "base_model_name_or_path", "task_type"),
-    *("inference_mode", "lora_dropout", "init_lora_weights", "auto_mapping", "revision", "peft_version"),
+    *("base_model_name_or_path", "task_type", "inference_mode", "lora_dropout", "auto_mapping", "revision"),
+    "peft_version",
     *("megatron_core", "qalora_group_size", "runtime_config", "loftq_config", "ensure_weight_tying"),
 )
 
@@ -50,7 +52,7 @@ def read_peft_config(directory: Path) -> AdapterConfig:
         raise ValueError(f"{path}: init_lora_weights is {given['init_lora_weights']!r:.60}, which is not supported")
     for key, value in given.items():
         off = value is None or value is False or value in ("", [], {})  # 0 is a layer
-        if key not in HARMLESS and not off:
+        if key not in READ + HARMLESS and not off:
             raise ValueError(f"{path}: {key} is {value!r:.60}, which is not supported")
     rank: Any = given.get("r")
     alpha: Any = given.get("lora_alpha")

@@ -106,10 +106,13 @@ class JsonPieces:
             if (spaced := spacing(content)) != "never":
                 without = Reader.from_str(json.dumps(without_space(content)))
             self.reader.encode_special_tokens = without.encode_special_tokens = True
-        except Exception as error:  # the package raises nothing more particular
+            self.reader.encode("a")  # what is damaged may show only now
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # the package raises nothing more particular, and panics beside Exception
             raise ValueError(f"{path}: not a tokenizer ({error!s:.200})") from None
         self.at = {place: self.reader if place in SPACED[spaced] else without for place in (START, SECTION, INSIDE)}
-        self.size: int = self.reader.get_vocab_size()
+        self.size = 1 + max(self.reader.get_vocab().values(), default=-1)
         self.unk_id: int | None = self.reader.token_to_id(content["model"].get("unk_token") or "")
         self.bos_id = self.eos_id = None  # this file does not say which they are
 
@@ -180,7 +183,7 @@ def markers_as_control(model: bytes) -> bytes:
             # All of a piece that its library writes: its text, a score of 4 bytes and, if not the usual one, the type.
             if key == 1 << 3 | 2 and model[end - 2 : end] == bytes([3 << 3, USER_DEFINED]):
                 size, start = read_varint(model, at + 1)
-                if re.fullmatch(rb"<.+>|\[.+\]", model[start : start + size], re.DOTALL):
+                if re.fullmatch(MARKER.encode(), model[start : start + size], re.DOTALL):
                     changed[end - 1] = CONTROL
         elif key & 7 == 0:
             _, end = read_varint(model, at)

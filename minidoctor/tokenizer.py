@@ -112,13 +112,17 @@ def make_tokenizer(model: Path, content: Path, settings: dict[str, Any], chat_fo
     else:
         pieces = JsonPieces(content)
     controls = {token.name: token.id for token in pieces.added if token.control}
+    default: Any
     for name, key, default in (("{bos}", "bos_token", pieces.bos_id), ("{eos}", "eos_token", pieces.eos_id)):
         token = settings.get(key)
         token = token["content"] if isinstance(token, dict) else token
-        found = default if token is None else controls.get(token, pieces.id_of(token))
+        if not token and default is None:  # then by number, as in config.json
+            numbers = settings.get(key + "_id")
+            default = numbers[0] if isinstance(numbers, list) and numbers else numbers
+        found = controls.get(token, pieces.id_of(token)) if token else default
         if found is not None:
             controls[name] = found
-        elif token is not None:
+        elif token:
             raise ValueError(f"{model.parent}: {key} is {token!r:.40}, which is none of its tokens")
     for name, key in (("{user}", "user_token_id"), ("{assistant}", "assistant_token_id")):
         if key in settings:
@@ -126,13 +130,13 @@ def make_tokenizer(model: Path, content: Path, settings: dict[str, Any], chat_fo
     listed = settings.get("eos_token_id", [])
     eos_ids = [controls["{eos}"]] if "{eos}" in controls else []
     eos_ids += listed if isinstance(listed, list) else [listed]
+    settings = settings | {"starts": settings.get("add_bos_token", pieces.starts_with_bos)}
     ids = [*controls.values(), *eos_ids, *(token.id for token in pieces.added)]
     if not all(type(i) is int and 0 <= i <= LARGEST for i in ids):
         raise ValueError(f"{model.parent}: a token id must be a whole number, at least 0")
     if not all(isinstance(token.name, str) for token in pieces.added):
         raise ValueError(f"{model.parent}: the name of a token must be text")
-    starts = settings.get("add_bos_token", pieces.starts_with_bos)
-    start = [controls["{bos}"]] if starts and "{bos}" in controls else []
+    start = [controls["{bos}"]] if settings["starts"] and "{bos}" in controls else []
     format_name, form, why = choose_format(chat_format, settings, controls, model.parent)
     files = f"{model.name} (not {content.name}, which needs one more package)" if content.is_file() else model.name
     note = f"{files if model.is_file() else content.name}, {why}"
@@ -182,11 +186,13 @@ def choose_format(
     """The chat format's name, itself, and why it is that; None if the checkpoint's own is not known here."""
     if chat_format != "auto" and chat_format not in FORMATS:
         raise ValueError(f"chat_format must be auto, {', '.join(FORMATS)}, got {chat_format!r}")
-    found = (chat_format, "as asked") if chat_format != "auto" else recognize(settings["chat_template"], controls)
+    found = (chat_format, "as chosen") if chat_format != "auto" else recognize(settings["chat_template"], controls)
     if not found:
         return None, None, f"{directory}: its chat_template is none of {', '.join(FORMATS)}; --chat-format chooses one"
     name, why = found
     form = adapt(name, settings["chat_template"])
+    if name == "plain" and not settings["starts"]:
+        form = form._replace(start="")
     if missing := [token for token in form.needs if token not in controls]:
         message = f"{directory}: chat format {name} ({why}) needs the token {missing[0]}, which is not there"
         if chat_format != "auto":

@@ -27,7 +27,9 @@ def checkpoint_files(directory: Path) -> list[Path]:
             others = sorted(
                 path.name for path in directory.iterdir() if path.suffix in (".bin", ".pth", ".pt", ".gguf")
             )
-            hint = f", only {others[0]}: convert it to safetensors (a pickled file can run code)" if others else ""
+            hint = (
+                f", only {others[0]}: convert it to safetensors first (a pickled file can run code)" if others else ""
+            )
             raise FileNotFoundError(f"{directory}: no model.safetensors or model.safetensors.index.json here{hint}")
         return [single]
     names = read_object(index).get("weight_map")

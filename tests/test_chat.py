@@ -318,3 +318,10 @@ def test_no_default_system_message_is_made_up():
     assert default_system("") is None
     assert default_system(CHATML) is None
     assert default_system(CHATML + "{{ '<|im_start|>system\\n' + messages[0].content + '<|im_end|>\\n' }}") is None
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_conversation_without_a_question_is_refused(name):
+    for messages in ([], [{"role": "system", "content": "Be short."}]):
+        with pytest.raises(ValueError, match="needs a message of the user's"):
+            layout(messages, FORMATS[name], {"{bos}", "{eos}"})

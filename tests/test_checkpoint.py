@@ -293,3 +293,13 @@ def test_a_training_state_without_a_run_is_refused(tmp_path, metadata):
     write_tensors(tmp_path / STATE, {"a": torch.ones(2)}, metadata)
     with pytest.raises(ValueError, match="no training state"):
         read_run(tmp_path)
+
+
+def test_an_unknown_chat_format_is_refused_before_the_weights_are_read(tmp_path, base_dir):
+    base = shutil.copytree(base_dir, tmp_path / "base")
+    (base / "tokenizer_config.json").write_text('{"chat_template": "{{ messages }}"}')
+    whole = load(str(base), None, torch.float32, torch.device("cpu"), chats=False)
+    assert whole[1].format is None
+    (base / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"its chat_template is none of .*--chat-format chooses one"):
+        load(str(base), None, torch.float32, torch.device("cpu"))

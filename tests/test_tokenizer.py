@@ -311,7 +311,7 @@ def test_of_two_tokenizers_the_model_is_read_with_the_spaces_of_the_other(load, 
 
 
 def test_the_note_names_the_file_and_the_format_and_why(load):
-    assert load("zephyr").note == "tokenizer.model, chat format zephyr (as asked)"
+    assert load("zephyr").note == "tokenizer.model, chat format zephyr (as chosen)"
     template = "{{ '<|im_start|>' + role }}"
     expected = "tokenizer.model, chat format chatml (its chat_template has <|im_start|>)"
     assert load(tokenizer_config={"chat_template": template}).note == expected
@@ -598,3 +598,25 @@ def test_texts_and_chats_are_encoded_as_transformers_encodes_them(name):
         assert tokenizer.decode(row["ids"]) == row["text"]
     for chat in expected["chats"]:
         assert load_tokenizer(FIXTURES / name, chat["format"]).chat(chat["messages"]) == chat["ids"]
+
+
+def test_without_names_the_start_and_end_are_those_that_config_json_numbers(tmp_path):
+    pytest.importorskip("tokenizers")
+    (tmp_path / "tokenizer.json").write_bytes((FIXTURES / "bpe" / "tokenizer.json").read_bytes())
+    (tmp_path / "config.json").write_text('{"bos_token_id": 1, "eos_token_id": [0, 3]}')
+    tokenizer = load_tokenizer(tmp_path, "plain")
+    messages = [{"role": "user", "content": "gout?"}, {"role": "assistant", "content": "uric acid"}]
+    assert (tokenizer.bos_id, tokenizer.eos_ids) == (1, (0, 3))
+    assert tokenizer.chat(messages)[-1] == 0
+
+
+def test_a_vocabulary_with_gaps_is_as_large_as_its_largest_id(tmp_path):
+    pytest.importorskip("tokenizers")
+    content = json.loads((FIXTURES / "bpe" / "tokenizer.json").read_text(encoding="utf-8"))
+    content["model"]["vocab"] = {piece: 10 * i for piece, i in content["model"]["vocab"].items()}
+    content["added_tokens"] = []
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+    tokenizer = load_tokenizer(tmp_path)
+    ids = tokenizer.encode("What is gout?")
+    assert tokenizer.decode(ids) == "What is gout?"
+    assert tokenizer.vocab_size == 10 * (len(content["model"]["vocab"]) - 1) + 1 > max(ids)
