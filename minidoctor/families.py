@@ -71,7 +71,7 @@ FAMILIES = {
 FIXED = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "use_sliding_window": False}
 # A key that is not known here is harmless, unless its name speaks of something that changes what is computed.
 MATTERS = (
-    r"expert|moe|quant|softcap|multiplier|scal|bias|norm|rope|rotary|window|"
+    r"expert|moe|quant|multiplier|scal|bias|norm|rope|rotary|window|"
     r"alibi|position_embedding|pattern|soft_?cap|clip|chunk"
 )
 OFF: tuple[Any, ...] = (None, 0, 1, "", "none", "default", [], {})

@@ -111,36 +111,46 @@ def make_tokenizer(model: Path, content: Path, settings: dict[str, Any], chat_fo
         pieces = SentencePieces(model, spaced, added_tokens(settings))
     else:
         pieces = JsonPieces(content)
-    controls = {token.name: token.id for token in pieces.added if token.control}
-    default: Any
-    for name, key, default in (("{bos}", "bos_token", pieces.bos_id), ("{eos}", "eos_token", pieces.eos_id)):
-        token = settings.get(key)
-        token = token["content"] if isinstance(token, dict) else token
-        if not token and default is None:  # then by number, as in config.json
-            numbers = settings.get(key + "_id")
-            default = numbers[0] if isinstance(numbers, list) and numbers else numbers
-        found = controls.get(token, pieces.id_of(token)) if token else default
-        if found is not None:
-            controls[name] = found
-        elif token:
-            raise ValueError(f"{model.parent}: {key} is {token!r:.40}, which is none of its tokens")
-    for name, key in (("{user}", "user_token_id"), ("{assistant}", "assistant_token_id")):
-        if key in settings:
-            controls[name] = settings[key]
-    listed = settings.get("eos_token_id", [])
-    eos_ids = [controls["{eos}"]] if "{eos}" in controls else []
-    eos_ids += listed if isinstance(listed, list) else [listed]
-    settings = settings | {"starts": settings.get("add_bos_token", pieces.starts_with_bos)}
-    ids = [*controls.values(), *eos_ids, *(token.id for token in pieces.added)]
-    if not all(type(i) is int and 0 <= i <= LARGEST for i in ids):
-        raise ValueError(f"{model.parent}: a token id must be a whole number, at least 0")
-    if not all(isinstance(token.name, str) for token in pieces.added):
-        raise ValueError(f"{model.parent}: the name of a token must be text")
-    start = [controls["{bos}"]] if settings["starts"] and "{bos}" in controls else []
-    format_name, form, why = choose_format(chat_format, settings, controls, model.parent)
+    controls, eos_ids = control_ids(pieces, settings, model.parent)
+    starts = settings.get("add_bos_token", pieces.starts_with_bos)
+    start = [controls["{bos}"]] if starts and "{bos}" in controls else []
+    format_name, form, why = choose_format(chat_format, settings, controls, start, model.parent)
     files = f"{model.name} (not {content.name}, which needs one more package)" if content.is_file() else model.name
     note = f"{files if model.is_file() else content.name}, {why}"
     return Tokenizer(pieces, controls, start, eos_ids, format_name, form, note)
+
+
+def control_ids(
+    pieces: SentencePieces | JsonPieces, settings: dict[str, Any], directory: Path
+) -> tuple[dict[str, int], list[int]]:
+    """Control tokens by name, "{bos}" and its like among them, and the ids that end an answer. Raises ValueError."""
+    controls = {token.name: token.id for token in pieces.added if token.control}
+    own: Any
+    for name, key, own in (("{bos}", "bos_token", pieces.bos_id), ("{eos}", "eos_token", pieces.eos_id)):
+        token = settings.get(key)
+        token = token["content"] if isinstance(token, dict) else token
+        if not token and own is None:  # then by number, as in config.json
+            own = (as_list(settings.get(key + "_id")) or [None])[0]
+        found = controls.get(token, pieces.id_of(token)) if token else own
+        if found is not None:
+            controls[name] = found
+        elif token:
+            raise ValueError(f"{directory}: {key} is {token!r:.40}, which is none of its tokens")
+    for name, key in (("{user}", "user_token_id"), ("{assistant}", "assistant_token_id")):
+        if key in settings:
+            controls[name] = settings[key]
+    eos_ids = [controls[name] for name in ("{eos}",) if name in controls] + as_list(settings.get("eos_token_id"))
+    if not all(
+        type(i) is int and 0 <= i <= LARGEST for i in (*controls.values(), *eos_ids, *(t.id for t in pieces.added))
+    ):
+        raise ValueError(f"{directory}: a token id must be a whole number, at least 0")
+    if not all(isinstance(token.name, str) for token in pieces.added):
+        raise ValueError(f"{directory}: the name of a token must be text")
+    return controls, eos_ids
+
+
+def as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [] if value is None else [value]
 
 
 def read_settings(directory: Path) -> dict[str, Any]:
@@ -181,7 +191,7 @@ def spacing_of(settings: dict[str, Any]) -> str | None:
 
 
 def choose_format(
-    chat_format: str, settings: dict[str, Any], controls: dict[str, int], directory: Path
+    chat_format: str, settings: dict[str, Any], controls: dict[str, int], start: list[int], directory: Path
 ) -> tuple[str | None, Format | None, str]:
     """The chat format's name, itself, and why it is that; None if the checkpoint's own is not known here."""
     if chat_format != "auto" and chat_format not in FORMATS:
@@ -191,7 +201,7 @@ def choose_format(
         return None, None, f"{directory}: its chat_template is none of {', '.join(FORMATS)}; --chat-format chooses one"
     name, why = found
     form = adapt(name, settings["chat_template"])
-    if name == "plain" and not settings["starts"]:
+    if name == "plain" and not start:  # as any other text of this checkpoint
         form = form._replace(start="")
     if missing := [token for token in form.needs if token not in controls]:
         message = f"{directory}: chat format {name} ({why}) needs the token {missing[0]}, which is not there"

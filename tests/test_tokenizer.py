@@ -620,3 +620,13 @@ def test_a_vocabulary_with_gaps_is_as_large_as_its_largest_id(tmp_path):
     ids = tokenizer.encode("What is gout?")
     assert tokenizer.decode(ids) == "What is gout?"
     assert tokenizer.vocab_size == 10 * (len(content["model"]["vocab"]) - 1) + 1 > max(ids)
+
+
+@pytest.mark.parametrize("starts", [True, False])
+def test_plain_conversations_start_as_any_other_text_of_the_checkpoint(tmp_path, starts):
+    (tmp_path / "tokenizer.model").write_bytes((FIXTURES / "sentencepiece" / "tokenizer.model").read_bytes())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"add_bos_token": starts}))
+    tokenizer = load_tokenizer(tmp_path, "plain")
+    ids = tokenizer.chat([{"role": "user", "content": "gout?"}])
+    assert tokenizer.start == ([tokenizer.bos_id] if starts else [])
+    assert ids == tokenizer.start + tokenizer.encode("gout?\n")
