@@ -11,7 +11,7 @@ import json
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,16 +32,20 @@ class Row:
     {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}
     {"instruction": "...", "input": "...", "output": "..."}
 
-    optionally with "topic" and "explanation".
+    optionally with "topic" and "explanation". `exams.py` makes them of the benchmarks' files as well.
     """
 
     id: str  # the row's own, or its line number
-    messages: list[dict[str, str]]  # ends with the assistant's answer
+    messages: list[dict[str, str]]  # ends with the assistant's answer, if that is known
     question: str  # without the options
     options: dict[str, str]  # empty for an open question
-    answer: str  # the letters, or the text
+    answer: str  # the letters, or the text; empty where a benchmark keeps it to itself
     topic: str
     language: str  # "zh" if the question has a Chinese character, else "en"
+    explanation: str = ""
+    several: bool = False  # several letters are right: as the benchmark says, or else as its answer shows
+    exam: str = ""  # the benchmark: cmmlu, cmexam or cmb
+    about: dict[str, str] = field(default_factory=dict)  # what CMB says: exam_type, exam_class, question_type
 
 
 class Example(NamedTuple):
@@ -110,6 +114,8 @@ def parse_row(row: Any, id: str) -> Row:
         answer=answer,
         topic=text_of(row, "topic") if "topic" in row else "",
         language=language_of(question),
+        explanation=text_of(row, "explanation") if row.get("explanation") else "",
+        several=bool(options) and len(answer) > 1,
     )
 
 
@@ -151,6 +157,12 @@ def multiple_choice(question: str, options: dict[str, str], answer: str) -> tupl
     """Prompt and answer of a multiple-choice question: the options a line each, "C. text" for an answer."""
     lines = [f"{letter}. {text}" for letter, text in options.items()]
     return "\n".join([question, *lines]), "\n".join(f"{letter}. {options[letter]}" for letter in answer)
+
+
+def explained(row: Row) -> list[dict[str, str]]:
+    """The row's messages, its explanation below the answer."""
+    *asked, answer = row.messages
+    return [*asked, {"role": "assistant", "content": "\n".join(filter(None, [answer["content"], row.explanation]))}]
 
 
 def conversation(question: str, answer: str) -> list[dict[str, str]]:
