@@ -39,30 +39,49 @@ def choose(logits: Tensor, config: SampleConfig, generator: torch.Generator) -> 
 
 
 @torch.inference_mode()
+def prefill(model: Model, tokens: list[int]) -> KVCache:
+    """A cache of one row that has read these tokens, for prompts that begin with them."""
+    device = model.lm_head.weight.device
+    cache = KVCache(model.config, 1, len(tokens), model.lm_head.weight)
+    cache.length = len(tokens)
+    model.hidden(torch.tensor([tokens], device=device), torch.arange(len(tokens), device=device)[None], cache)
+    return cache
+
+
+@torch.inference_mode()
 def generate(
-    model: Model, prompts: list[list[int]], config: SampleConfig, stop_ids: Collection[int]
+    model: Model,
+    prompts: list[list[int]],
+    config: SampleConfig,
+    stop_ids: Collection[int],
+    prefix: KVCache | None = None,
 ) -> Iterator[list[int | None]]:
     """The next token of each prompt, step by step; None for a row that has ended.
 
+    The prompts go on from `prefix`, where one is given, as if each of them began with what it has read.
     A row ends with a token of `stop_ids`, which is not given out, after `max_new_tokens`, or at the model's
     context length. Raises ValueError if a prompt is empty or fills the context.
     """
+    start = prefix.length if prefix else 0
     longest, limit = max(map(len, prompts)), model.config.max_seq_len
     if not all(prompts):
         raise ValueError("a prompt needs at least one token")
-    if longest >= limit:
-        raise ValueError(f"the prompt has {longest} tokens, the model reads at most {limit} with its answer")
+    if start + longest >= limit:
+        raise ValueError(f"the prompt has {start + longest} tokens, the model reads at most {limit} with its answer")
     device = model.lm_head.weight.device
     tokens = torch.tensor([p + [0] * (longest - len(p)) for p in prompts], device=device)  # (B, T)
-    places = [len(prompt) for prompt in prompts]  # where each row's next token goes
+    places = [start + len(prompt) for prompt in prompts]  # where each row's next token goes
     ends = [min(place + config.max_new_tokens, limit) for place in places]
-    cache = KVCache(model.config, len(prompts), max(ends), model.lm_head.weight)
+    if prefix:
+        cache = prefix.repeated(model.config, len(prompts), max(ends))
+    else:
+        cache = KVCache(model.config, len(prompts), max(ends), model.lm_head.weight)
     generator = torch.Generator().manual_seed(config.seed)
     running = [True] * len(prompts)
 
-    cache.length = longest
-    hidden, _ = model.hidden(tokens, torch.arange(longest, device=device).expand_as(tokens), cache)
-    logits = model.lm_head(hidden[torch.arange(len(prompts)), torch.tensor(places) - 1])  # (B, V)
+    cache.length = start + longest
+    hidden, _ = model.hidden(tokens, start + torch.arange(longest, device=device).expand_as(tokens), cache)
+    logits = model.lm_head(hidden[torch.arange(len(prompts)), torch.tensor(places) - start - 1])  # (B, V)
     while True:
         new = choose(logits, config, generator)  # (B,)
         ids = new.tolist()
@@ -83,10 +102,16 @@ def generate(
         logits = model.lm_head(hidden[:, -1])  # (B, V)
 
 
-def complete(model: Model, tokenizer: Tokenizer, prompts: list[list[int]], config: SampleConfig) -> list[str]:
+def complete(
+    model: Model,
+    tokenizer: Tokenizer,
+    prompts: list[list[int]],
+    config: SampleConfig,
+    prefix: KVCache | None = None,
+) -> list[str]:
     """The whole answers to a batch of prompts."""
     answers: list[list[int]] = [[] for _ in prompts]
-    for step in generate(model, prompts, config, tokenizer.eos_ids):
+    for step in generate(model, prompts, config, tokenizer.eos_ids, prefix):
         for answer, token in zip(answers, step, strict=True):
             if token is not None:
                 answer.append(token)

@@ -83,13 +83,22 @@ class KVCache:
         self.keys, self.values = like.new_zeros(shape), like.new_zeros(shape)
         self.length = 0  # positions in use, of the longest row
 
+    def repeated(self, config: ModelConfig, batch_size: int, max_seq_len: int) -> "KVCache":
+        """A cache for rows that all go on from what this one's only row has read."""
+        cache = KVCache(config, batch_size, max_seq_len, self.keys)
+        cache.length = self.length
+        for new, old in ((cache.keys, self.keys), (cache.values, self.values)):
+            new[:, :, :, : self.length] = old[:, :, :, : self.length]
+        return cache
+
     def write(self, layer: int, positions: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Stores (B, G, T, C) at positions (B, T); returns all that is stored, (B, G, S, C)."""
+        """Stores (B, G, T, C) at positions (B, T); returns all that is stored for these rows, (B, G, S, C)."""
         rows = torch.arange(len(positions), device=positions.device)[:, None]  # (B, 1)
         # Two indices around a slice put the indexed dimensions first: (B, T, G, C).
         self.keys[layer][rows, :, positions] = keys.transpose(1, 2)
         self.values[layer][rows, :, positions] = values.transpose(1, 2)
-        return self.keys[layer, :, :, : self.length], self.values[layer, :, :, : self.length]
+        stored = (layer, slice(len(positions)), slice(None), slice(self.length))
+        return self.keys[stored], self.values[stored]
 
 
 def linear(d_in: int, d_out: int, name: str, adapter: AdapterConfig | None, bias: bool = False) -> nn.Linear:
