@@ -133,8 +133,10 @@ class TrainConfig:
     """One fine-tuning run."""
 
     base: str = flag("data/base", "checkpoint directory of the frozen base model")
-    data: str = flag("data/train.jsonl", "questions and answers to learn from")
+    data: str = flag("data/train.jsonl", "questions and answers to learn from: a file, or a directory of them")
     eval: str = flag("data/heldout.jsonl", "questions to evaluate on, before and after ('': none)")
+    leave_out_eval: bool = flag(False, "leave out of --data the questions that stand in --eval as well")
+    explain: bool = flag(False, "learn a question's explanation too, below its answer")
     out: str = flag("out", "directory for the adapter, metrics.jsonl and report.json")
     steps: int = flag(400, "optimizer steps")
     batch_size: int = flag(32, "examples in a step")
@@ -186,6 +188,33 @@ class SampleConfig:
         check_range(self, "temperature", "top_k", "seed", low=0)
         check_range(self, "top_p", low=TINY, high=1)
         check_range(self, "max_new_tokens")
+
+
+WAYS = ("logits", "text", "generate", "loss")
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """How questions are put and what is read as the model's answer."""
+
+    score: tuple[str, ...] = flag(
+        ("auto",),
+        "ways of scoring, the first is the headline: logits (of the letters), text (of each option), generate "
+        "(write and read), loss (auto: logits; for a file of one's own text,logits,loss)",
+    )
+    prompt: str = flag("auto", "own, cmb, cmmlu, cmexam, huatuo or a file (auto: the benchmark's own)")
+    shots: int = flag(0, "solved questions in front of each, from --dev")
+    raw: bool = flag(False, "put the prompt as text to go on with, without a chat format")
+    batch_size: int = flag(16, "most questions computed at once; it does not change any answer")
+    max_new_tokens: int = flag(64, "longest written answer in tokens (more for a model that reasons first)")
+
+    def __post_init__(self) -> None:
+        check_range(self, "shots", low=0)
+        check_range(self, "batch_size", "max_new_tokens")
+        for way in self.score:
+            check(way in (*WAYS, "auto"), f"score must be of auto, {', '.join(WAYS)}, got {way!r}")
+        check(len(set(self.score)) == len(self.score) > 0, f"score must name each way once, got {self.score}")
+        check(self.score[0] != "loss", "the loss alone is no accuracy: score must begin with another way")
 
 
 def add_flags(parser: argparse.ArgumentParser, config: type) -> None:

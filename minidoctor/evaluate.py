@@ -1,198 +1,212 @@
-"""Accuracy on multiple choice and open questions, and the loss on their answers.
+"""Accuracy on CMB, CMExam, CMMLU and on questions of one's own, and the loss on their answers.
 
     python -m minidoctor.evaluate --base DIR [--adapter DIR] --data FILE... [--out predictions.json]
+    python -m minidoctor.evaluate --base DIR --data cmmlu/test --shots 5 --out predictions.json --resume
+    python -m minidoctor.evaluate --compare a.json b.json
 
-Multiple choice is scored in two ways, and both are always reported:
+Files are read by exams.py, questions put by prompts.py, answered in the ways that scoring.py lists and counted by
+results.py. An open question is answered by writing, and right when the answer contains the expected one.
 
-    text      the option whose text is likeliest, per token, as the answer to the bare question (the headline:
-              a small base knows facts long before it can point at them by letter)
-    letter    the likeliest letter as the answer to the question with its options below it
-
-An open question counts as right when the greedy answer contains the expected one. Ties go to the first option.
+For teaching and measuring. What a model answers is not medical advice.
 """
 
 import argparse
-import math
+import dataclasses
+import hashlib
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.nn.functional as F
-from tqdm import tqdm
-
+from minidoctor.answers import Found, answer, known_from, prediction_of, put_questions, result_of
 from minidoctor.checkpoint import load
-from minidoctor.config import SampleConfig, choose_device, choose_dtype, run
-from minidoctor.data import IGNORE, Example, Row, collate, conversation, encode, read_rows
-from minidoctor.files import write_json
-from minidoctor.generate import complete
-from minidoctor.model import Model
-from minidoctor.tokenizer import Tokenizer
+from minidoctor.config import EvalConfig, add_flags, choose_device, choose_dtype, from_flags, run
+from minidoctor.data import Row
+from minidoctor.exams import files_of, read_questions
+from minidoctor.files import read_object, write_json
+from minidoctor.prompts import Asker, Question
+from minidoctor.results import compare, percent, table
+from minidoctor.tokenizer import printable
+from minidoctor.weights import fingerprint
 
-TOKENS_IN_A_BATCH = 4096
-ANSWERS_IN_A_BATCH = 32
-GREEDY = SampleConfig(temperature=0.0, max_new_tokens=64)
-
-
-@torch.inference_mode()
-def answer_losses(model: Model, examples: list[Example], progress: tqdm) -> list[float]:
-    """The negative log-likelihood in nats of each example's targets, summed over them.
-
-    Examples of like length are computed together; the order of the result is that of the examples.
-    """
-    order = sorted(range(len(examples)), key=lambda i: len(examples[i].tokens))
-    losses = [0.0] * len(examples)
-    device = model.lm_head.weight.device
-    while order:
-        size = max(1, TOKENS_IN_A_BATCH // len(examples[order[-1]].tokens))
-        chosen, order = order[-size:], order[:-size]  # longest first: what does not fit shows at once
-        batch = collate([examples[i] for i in chosen])
-        hidden, _ = model.hidden(batch.tokens.to(device))  # (B, T, D)
-        answers = batch.answers.to(device)
-        logits = model.lm_head(hidden.flatten(0, 1)[answers]).float()  # (n, V)
-        nll = torch.zeros(batch.targets.shape, device=device).flatten()  # (B*T,)
-        nll[answers] = F.cross_entropy(logits, batch.targets.flatten()[batch.answers].to(device), reduction="none")
-        for i, loss in zip(chosen, nll.view_as(batch.targets).sum(1).tolist(), strict=True):
-            if not math.isfinite(loss):  # compared with others it would pick an option all the same
-                raise FloatingPointError(f"the model's likelihood of an answer is {loss}, its weights are damaged")
-            losses[i] = loss
-        progress.update(len(chosen))
-    return losses
+RULES = {
+    "single": "the best score, of equal ones the first option",
+    "several": "each letter whose score is at least the mean of the question's scores",
+    "generate": "letters.py; what it cannot read is unanswered and wrong",
+}
 
 
-def letter_example(row: Row, letter: str, tokenizer: Tokenizer) -> Example:
-    """The question with its options, answered by a letter alone; the targets are the letter."""
-    answered = [*row.messages[:-1], {"role": "assistant", "content": letter}]
-    letters = next(ids for ids, own in tokenizer.chat_turns(answered) if own)  # without the token that ends it
-    prompt = tokenizer.chat(row.messages[:-1])
-    return Example((prompt + letters)[:-1], [IGNORE] * (len(prompt) - 1) + letters)
+def submission_of(questions: list[Question], found: list[Found], config: EvalConfig) -> list[dict[str, Any]]:
+    """CMB's official form: `[{"id": 1, "model_answer": "C"}, ...]`. Raises ValueError if a question is not CMB's."""
+    if other := [one.row.id for one in questions if one.row.exam != "cmb"]:
+        raise ValueError(f"--submission is for CMB's test questions; question {other[0]} is none of them")
+    answers = [prediction_of(one, config, known)["prediction"] for one, known in zip(questions, found, strict=True)]
+    ids = [int(one.row.id) if one.row.id.isdecimal() else one.row.id for one in questions]
+    return [{"id": i, "model_answer": answer or ""} for i, answer in zip(ids, answers, strict=True)]
 
 
-def predict(model: Model, tokenizer: Tokenizer, rows: list[Row], show_progress: bool = True) -> list[dict[str, Any]]:
-    """One prediction a row, in their order. Scores are log-likelihoods in nats, of a text per token."""
-    limit = model.config.max_seq_len
-    for row in rows:
-        if (length := len(tokenizer.chat(row.messages[:-1]))) >= limit:
-            raise ValueError(f"question {row.id} has {length} tokens, the model reads at most {limit} with its answer")
-    choices = [(i, letter) for i, row in enumerate(rows) for letter in row.options]
-    answers = [encode(row.messages, tokenizer, limit) for row in rows]
-    texts = [encode(conversation(rows[i].question, rows[i].options[letter]), tokenizer, limit) for i, letter in choices]
-    letters = [letter_example(rows[i], letter, tokenizer) for i, letter in choices]
-    written = [i for i, row in enumerate(rows) if not row.options]
-    total = len(answers) + len(texts) + len(letters) + len(written)
-    with tqdm(total=total, desc="evaluating", leave=False, disable=not show_progress) as progress:
-        nlls = answer_losses(model, answers, progress)
-        text_losses = answer_losses(model, texts, progress)
-        letter_losses = answer_losses(model, letters, progress)
-        replies = write_answers(model, tokenizer, [rows[i] for i in written], progress)
-
-    predictions: list[dict[str, Any]] = [
-        {"id": row.id, "answer": row.answer, "language": row.language, "topic": row.topic, "scores": {},
-         "nll": nll, "n_tokens": n_targets(example)}
-        for row, nll, example in zip(rows, nlls, answers, strict=True)
-    ]  # fmt: skip
-    for (i, letter), text, loss, letter_loss in zip(choices, texts, text_losses, letter_losses, strict=True):
-        predictions[i]["scores"].setdefault("text", {})[letter] = -loss / n_targets(text)
-        predictions[i]["scores"].setdefault("letter", {})[letter] = -letter_loss
-    for i, reply in zip(written, replies, strict=True):
-        predictions[i] |= {"prediction": reply, "correct": contains(reply, rows[i].answer)}
-    for prediction in predictions:
-        if scores := prediction["scores"]:
-            best = {way: max(of, key=of.__getitem__) for way, of in scores.items()}
-            right = {way: letter == prediction["answer"] for way, letter in best.items()}
-            prediction |= {"prediction": best["text"], "correct": right["text"], "letter": best["letter"]}
-            prediction["letter_correct"] = right["letter"]
-    return predictions
+def read_data(given: argparse.Namespace) -> tuple[list[Row], list[dict[str, Any]]]:
+    """The rows of all files, and what is to be said of each file. Raises FileNotFoundError or ValueError."""
+    if given.answers and len(given.data) > 1:
+        raise ValueError("--answers belongs to the questions of CMB: give their file alone")
+    rows: list[Row] = []
+    files = []
+    for path in given.data:
+        questions = read_questions(path, given.answers)
+        rows += questions.rows[: given.limit]
+        digest = hashlib.sha256()
+        for file in (*files_of(Path(path)), *filter(None, [given.answers])):
+            digest.update(Path(file).read_bytes())
+        named = {"file": Path(path).name, "sha256": digest.hexdigest()}
+        files.append({**named, "questions": len(questions.rows), "left_out": questions.odd})
+    return rows, files
 
 
-def n_targets(example: Example) -> int:
-    return sum(target != IGNORE for target in example.targets)
+def read_pool(given: argparse.Namespace, shots: int) -> list[Row]:
+    """Solved questions for --shots: from --dev, or from dev/ beside the questions' directory, as CMMLU has it."""
+    if not shots:
+        return []
+    paths = [Path(path) for path in given.dev or ()]
+    for path in [] if paths else map(Path, given.data):
+        near = path.parent / "dev" if path.is_dir() else path.parent.parent / "dev" / path.name
+        paths += [one for one in (near, path.with_stem("dev")) if one.exists() and one != path][:1]
+    if not paths:
+        raise ValueError(f"--shots {shots}: no solved questions beside {given.data[0]}; --dev FILE says where they are")
+    return [row for path in paths for row in read_questions(path).rows]
 
 
-def write_answers(model: Model, tokenizer: Tokenizer, rows: list[Row], progress: tqdm) -> list[str]:
-    """Greedy answers to open questions, in their order."""
-    prompts = [tokenizer.chat(row.messages[:-1]) for row in rows]
-    order = sorted(range(len(rows)), key=lambda i: len(prompts[i]))
-    answers = [""] * len(rows)
-    for start in range(0, len(order), ANSWERS_IN_A_BATCH):
-        chosen = order[start : start + ANSWERS_IN_A_BATCH]
-        for i, answer in zip(chosen, complete(model, tokenizer, [prompts[i] for i in chosen], GREEDY), strict=True):
-            answers[i] = answer
-        progress.update(len(chosen))
-    return answers
+def resumed(path: Path, protocol: dict[str, Any]) -> list[Found]:
+    """What an unfinished result knows. Raises FileNotFoundError or ValueError if it is of another evaluation."""
+    if not path.is_file():
+        raise FileNotFoundError(f"--resume: there is no {path} to go on with")
+    before = read_object(path)
+    for key, value in protocol.items():
+        if before.get("protocol", {}).get(key) != value:
+            raise ValueError(f"--resume: {path} was made with another {key}")
+    return [known_from(prediction) for prediction in before["predictions"]]
 
 
-def contains(reply: str, answer: str) -> bool:
-    """Whether the answer stands in the reply, upper or lower case, whatever the spaces."""
-    return " ".join(answer.lower().split()) in " ".join(reply.lower().split())
-
-
-def summarize(predictions: list[dict[str, Any]]) -> dict[str, Any]:
-    """Accuracy of multiple choice by text (the headline) and by letter, of open questions, and nats per token."""
-
-    def share(rows: Iterable[dict[str, Any]], key: str) -> tuple[float | None, int]:
-        marks = [bool(row[key]) for row in rows]
-        return (sum(marks) / len(marks) if marks else None), len(marks)
-
-    # A question with several right letters cannot be answered by one: left out, not counted wrong.
-    choices = [p for p in predictions if p["scores"] and len(p["answer"]) == 1]
-    accuracy, n = share(choices, "correct")
-    open_accuracy, n_open = share((p for p in predictions if not p["scores"]), "correct")
-    return {
-        "accuracy": accuracy,
-        "n": n,
-        "nll": sum(p["nll"] for p in predictions) / max(1, sum(p["n_tokens"] for p in predictions)),
-        "letter_accuracy": share(choices, "letter_correct")[0],
-        "open_accuracy": open_accuracy,
-        "n_open": n_open,
-    }
-
-
-def evaluate(model: Model, tokenizer: Tokenizer, rows: list[Row], show_progress: bool = True) -> dict[str, Any]:
-    """`{"summary": {..., "languages": {"en": {...}, "zh": {...}}}, "predictions": [...]}`."""
-    predictions = predict(model, tokenizer, rows, show_progress)
-    by_language = {
-        language: summarize([p for p in predictions if p["language"] == language])
-        for language in sorted({p["language"] for p in predictions})
-    }
-    return {"summary": summarize(predictions) | {"languages": by_language}, "predictions": predictions}
-
-
-def table(summary: dict[str, Any]) -> str:
-    """The summary for people, a line a language."""
-    lines = [f"{'':10}{'choice':>8}{'(n)':>7}{'by letter':>11}{'open':>8}{'(n)':>7}{'nats/token':>12}"]
-    for name, s in {"all": summary, **summary["languages"]}.items():
-        percent = {k: "-" if s[k] is None else f"{s[k]:.1%}" for k in ("accuracy", "letter_accuracy", "open_accuracy")}
-        lines.append(
-            f"{name:10}{percent['accuracy']:>8}{s['n']:>7}{percent['letter_accuracy']:>11}"
-            f"{percent['open_accuracy']:>8}{s['n_open']:>7}{s['nll']:>12.3f}"
-        )
-    return "\n".join(lines)
+def comparison(a: str, b: str) -> str:
+    """Two result files, paired, for people. Raises FileNotFoundError or ValueError."""
+    first, second = (read_object(Path(path)) for path in (a, b))
+    try:
+        of = compare(first["predictions"], second["predictions"])
+        protocols = [result.get("protocol", {}) for result in (first, second)]
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{a} and {b}: not two results of this program ({error!r:.60})") from None
+    keys = [key for key in protocols[0] if protocols[0][key] != protocols[1].get(key) and key != "first_prompt"]
+    return (
+        f"a  {a}: {percent(of['a'])}\nb  {b}: {percent(of['b'])}\n"
+        f"b - a: {of['difference']:+.1%}, 95 % interval {of['interval'][0]:+.1%} to {of['interval'][1]:+.1%}, "
+        f"on the same {of['n']} questions\n"
+        f"right only in a: {of['only_a']}, only in b: {of['only_b']}; exact McNemar test: p = {of['p']:.3g}\n"
+        f"the two differ in: {', '.join(keys) or 'nothing that the results name'}"
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m minidoctor.evaluate", description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m minidoctor.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--base", default="data/base", help="checkpoint directory (default data/base)")
     parser.add_argument("--adapter", help="directory that train.py wrote (default: the base alone)")
-    parser.add_argument("--data", nargs="+", default=["data/heldout.jsonl"], help="files of questions")
-    parser.add_argument("--out", help="write every prediction here, as JSON")
+    parser.add_argument("--data", nargs="+", default=["data/heldout.jsonl"], help="files or directories of questions")
+    parser.add_argument("--answers", help="CMB's file of answers to its test questions")
+    parser.add_argument("--dev", nargs="+", help="solved questions for --shots (default: CMMLU's dev/)")
+    parser.add_argument("--limit", type=int, help="only the first so many questions of each file")
+    parser.add_argument("--out", help="write every prediction here, as JSON; Ctrl-C leaves what is done")
+    parser.add_argument("--resume", action="store_true", help="go on with the unfinished --out")
+    parser.add_argument("--submission", help="write CMB's submission file here")
+    parser.add_argument("--compare", nargs=2, metavar=("A", "B"), help="compare two results, and nothing else")
     parser.add_argument("--chat-format", default="auto", help="how conversations are written (auto: as trained)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     parser.add_argument("--dtype", default="auto", help="auto, float32 or bfloat16")
+    add_flags(parser, EvalConfig)
     given = parser.parse_args()
-    if given.out and (not Path(given.out).parent.is_dir() or Path(given.out).is_dir()):
-        raise ValueError(f"--out {given.out}: must be a file in a directory that exists")
+    if given.compare:
+        print(comparison(*given.compare))
+        return
+    config = from_flags(EvalConfig, vars(given))
+    for name in ("out", "submission"):
+        path = getattr(given, name)
+        if path and (not Path(path).parent.is_dir() or Path(path).is_dir()):
+            raise ValueError(f"--{name} {path}: must be a file in a directory that exists")
+    if given.limit is not None and given.limit < 1:
+        raise ValueError(f"--limit must be at least 1, got {given.limit}")
+    if given.resume and not given.out:
+        raise ValueError("--resume needs the --out to go on with")
+    examine(given, config)
+
+
+def examine(given: argparse.Namespace, config: EvalConfig) -> None:
+    """One evaluation from its files to its table."""
     device = choose_device(given.device)
     dtype = choose_dtype(given.dtype, device)
-    rows = [row for path in given.data for row in read_rows(path)]
-    model, tokenizer = load(given.base, given.adapter, dtype, device, given.chat_format)
-    print(f"{given.base}: {tokenizer.note}", file=sys.stderr)
-    result = evaluate(model, tokenizer, rows)
-    print(table(result["summary"]))
-    if given.out:
-        write_json(Path(given.out), result)
-        print(f"every prediction: {given.out}")
+    rows, files = read_data(given)
+    pool = read_pool(given, config.shots)
+    model, tokenizer = load(given.base, given.adapter, dtype, device, given.chat_format, chats=not config.raw)
+    asker = Asker(tokenizer, config.raw)
+    questions = put_questions(asker, rows, pool, config, model.config.max_seq_len)
+    protocol = {
+        "base": Path(given.base).resolve().name,
+        "fingerprint": fingerprint(given.base),
+        "adapter": adapter_digest(given.adapter),
+        "dtype": str(dtype).removeprefix("torch."),
+        "chat_format": "raw" if config.raw else tokenizer.chat_format,
+        "files": files,
+        "limit": given.limit,
+        **{name: value for name, value in json_of(config).items() if name not in ("batch_size", "raw")},
+        "rules": RULES,
+        "first_prompt": questions[0].text,
+    }
+    out = Path(given.out) if given.out else None
+    found: list[Found] = [{} for _ in rows]
+    if out and given.resume:
+        found = resumed(out, protocol)
+    elif out and out.exists() and read_object(out).get("complete") is False:
+        raise ValueError(f"{out}: an unfinished evaluation; --resume goes on with it, another --out starts a new one")
+
+    def result(complete: bool) -> dict[str, Any]:
+        return {"complete": complete, "protocol": protocol, **result_of(questions, config, found)}
+
+    def save() -> None:
+        if out:
+            write_json(out, result(complete=False))
+
+    print(f"{given.base}: {tokenizer.note}\nfor teaching and measuring, not medical advice", file=sys.stderr)
+    print(f"the first prompt:\n{printable(questions[0].text)}\n")
+    try:
+        answer(model, asker, questions, config, found, save=save)
+    except KeyboardInterrupt:
+        save()
+        print(f"{table(result(complete=False)['summary'])}\nof what was done; stopped")
+        if out:
+            print(f"go on with: the same command and --resume ({out})")
+        raise
+    finished = result(complete=True)
+    print(table(finished["summary"]))
+    for file in files:
+        print(f"{file['file']}: {file['questions']} questions, {len(file['left_out'])} rows left out")
+        print("".join(f"    {line}\n" for line in file["left_out"][:10]), end="")
+    if out:
+        write_json(out, finished)
+        print(f"every prediction: {out}")
+    if given.submission:
+        write_json(Path(given.submission), submission_of(questions, found, config))
+        print(f"for CMB: {given.submission}")
+
+
+def json_of(config: EvalConfig) -> dict[str, Any]:
+    """As it comes back from a JSON file."""
+    return dataclasses.asdict(config) | {"score": list(config.score)}
+
+
+def adapter_digest(directory: str | None) -> str | None:
+    if not directory:
+        return None
+    digest = hashlib.sha256()
+    for file in sorted(Path(directory).glob("adapter*")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
 
 
 if __name__ == "__main__":

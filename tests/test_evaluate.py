@@ -1,16 +1,25 @@
 import json
-import math
+import random
+import re
+import shutil
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
-from minidoctor import evaluate as module
+from minidoctor import answers, scoring
+from minidoctor.answers import contains, evaluate, known_from, prediction_of
+from minidoctor.chat import FORMATS
+from minidoctor.config import EvalConfig
 from minidoctor.data import collate, conversation, encode, read_rows
-from minidoctor.evaluate import contains, evaluate, main, predict, summarize
+from minidoctor.evaluate import main
+from minidoctor.exams import read_questions
 from minidoctor.model import Model
+from minidoctor.results import full_summary
 
 ROWS = [
     {
@@ -34,6 +43,13 @@ ROWS = [
     {"question": "哮喘的典型症状是什么？", "answer": "喘息和夜间咳嗽"},
     {"messages": [*conversation("gout?", "acid"), *conversation("asthma?", "wheezing")]},
 ]
+
+
+CMMLU = """,Question,A,B,C,D,Answer
+0,痛风的关键检查是,尿酸,关节液,夜间咳嗽,风湿科,A
+1,哮喘属于哪个科,风湿科,呼吸科,关节,夜间,B
+2,痛风属于哪个科,夜间,关节,风湿科,呼吸科,C
+"""
 
 
 @pytest.fixture
@@ -60,35 +76,40 @@ def plain_answer(model, tokenizer, prompt):
 
 
 def plain_prediction(model, tokenizer, row):
-    """(prediction, scores) of a row, from its definition."""
+    """(prediction, scores by text, scores by letter) of a row, from their definition."""
     prompt = tokenizer.chat(row.messages[:-1])
     if not row.options:
-        return plain_answer(model, tokenizer, prompt), {}
-    scores = {"text": {}, "letter": {}}
-    for letter, text in row.options.items():
+        return plain_answer(model, tokenizer, prompt), {}, {}
+    text, letters = {}, {}
+    for letter, option in row.options.items():
         bare = tokenizer.chat([{"role": "user", "content": row.question}])
-        likelihoods = plain_log_likelihoods(model, bare, tokenizer.encode(text) + list(tokenizer.eos_ids))
-        scores["text"][letter] = sum(likelihoods) / len(likelihoods)
-        scores["letter"][letter] = sum(plain_log_likelihoods(model, prompt, tokenizer.encode(letter)))
-    return max(scores["text"], key=scores["text"].get), scores
+        likelihoods = plain_log_likelihoods(model, bare, tokenizer.encode(option) + list(tokenizer.eos_ids))
+        text[letter] = sum(likelihoods) / len(likelihoods)
+        letters[letter] = sum(plain_log_likelihoods(model, prompt, tokenizer.encode(letter)))
+    best = "".join(letter for letter in text if text[letter] >= sum(text.values()) / len(text))
+    return best if row.several else max(text, key=text.get), text, letters
 
 
-@pytest.mark.parametrize("tokens_in_a_batch", [60, 4096])
+@pytest.mark.parametrize(("tokens_in_a_batch", "batch_size"), [(60, 16), (4096, 1), (4096, 16)])
 def test_scores_equal_a_plain_loop_over_unbatched_full_forwards(
-    adapted, tokenizer, rows, monkeypatch, tokens_in_a_batch
+    adapted, tokenizer, rows, monkeypatch, tokens_in_a_batch, batch_size
 ):
-    monkeypatch.setattr(module, "TOKENS_IN_A_BATCH", tokens_in_a_batch)
-    for row, ours in zip(rows, predict(adapted, tokenizer, rows, show_progress=False), strict=True):
-        prediction, scores = plain_prediction(adapted, tokenizer, row)
+    monkeypatch.setattr(scoring, "TOKENS_IN_A_BATCH", tokens_in_a_batch)
+    result = evaluate(adapted, tokenizer, rows, show_progress=False, config=EvalConfig(batch_size=batch_size))
+    for row, ours in zip(rows, result["predictions"], strict=True):
+        prediction, text, letters = plain_prediction(adapted, tokenizer, row)
         assert ours["prediction"] == prediction
-        assert ours["scores"].keys() == scores.keys()
-        for way in scores:
-            for letter, score in scores[way].items():
-                torch.testing.assert_close(ours["scores"][way][letter], score, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(ours["scores"], text, rtol=1e-5, atol=1e-5)
+        if row.options:
+            torch.testing.assert_close(ours["also"]["logits"]["scores"], letters, rtol=1e-5, atol=1e-5)
+
+
+def predict(model, tokenizer, rows, **choices):
+    return evaluate(model, tokenizer, rows, show_progress=False, config=EvalConfig(**choices))["predictions"]
 
 
 def test_the_loss_is_that_of_the_assistants_tokens(adapted, tokenizer, rows):
-    for row, ours in zip(rows, predict(adapted, tokenizer, rows, show_progress=False), strict=True):
+    for row, ours in zip(rows, predict(adapted, tokenizer, rows), strict=True):
         nll = n = 0
         for i, message in enumerate(row.messages):
             if message["role"] == "assistant":
@@ -100,12 +121,11 @@ def test_the_loss_is_that_of_the_assistants_tokens(adapted, tokenizer, rows):
 
 
 def test_predictions_stand_in_the_order_of_the_file(model, tokenizer, rows):
-    predictions = predict(model, tokenizer, rows, show_progress=False)
+    predictions = predict(model, tokenizer, rows)
     assert [p["id"] for p in predictions] == ["test-gout", "2", "3", "4", "5", "6"]
-    answers = ["A", "B", "pneumology", "AC", "喘息和夜间咳嗽", "wheezing"]
-    assert [p["answer"] for p in predictions] == answers
+    assert [p["answer"] for p in predictions] == ["A", "B", "pneumology", "AC", "喘息和夜间咳嗽", "wheezing"]
     # Each row is told apart by its scores, so the order is that of the rows and not only of their names.
-    backwards = predict(model, tokenizer, rows[::-1], show_progress=False)[::-1]
+    backwards = predict(model, tokenizer, rows[::-1])[::-1]
     for one, other in zip(predictions, backwards, strict=True):
         assert one["prediction"] == other["prediction"]
         torch.testing.assert_close(one["scores"], other["scores"], rtol=1e-5, atol=1e-5)
@@ -126,34 +146,9 @@ def test_contains(reply, answer, expected):
     assert contains(reply, answer) == expected
 
 
-def test_the_summary_follows_from_the_predictions(adapted, tokenizer, rows):
-    result = evaluate(adapted, tokenizer, rows, show_progress=False)
-    parts = {"all": result["summary"], **result["summary"]["languages"]}
-    assert set(parts) == {"all", "en", "zh"}
-    for name, summary in parts.items():
-        predictions = [p for p in result["predictions"] if name in ("all", p["language"])]
-        choice = [p for p in predictions if p["scores"] and len(p["answer"]) == 1]
-        written = [p for p in predictions if not p["scores"]]
-        by_text = [max(p["scores"]["text"], key=p["scores"]["text"].get) == p["answer"] for p in choice]
-        by_letter = [max(p["scores"]["letter"], key=p["scores"]["letter"].get) == p["answer"] for p in choice]
-        assert (summary["n"], summary["n_open"]) == (len(choice), len(written))
-        assert summary["accuracy"] == sum(by_text) / len(choice)
-        assert summary["letter_accuracy"] == sum(by_letter) / len(choice)
-        assert summary["open_accuracy"] == sum(contains(p["prediction"], p["answer"]) for p in written) / len(written)
-        nats, tokens = sum(p["nll"] for p in predictions), sum(p["n_tokens"] for p in predictions)
-        assert math.isclose(summary["nll"], nats / tokens)
-
-
-def test_what_was_not_asked_has_no_accuracy(model, tokenizer, rows):
-    choice = summarize(predict(model, tokenizer, rows[:2], show_progress=False))
-    assert (choice["n"], choice["n_open"], choice["open_accuracy"]) == (2, 0, None)
-    written = summarize(predict(model, tokenizer, rows[2:3], show_progress=False))
-    assert (written["n"], written["accuracy"], written["letter_accuracy"]) == (0, None, None)
-
-
 def test_of_equal_scores_the_first_option_is_taken(model, tokenizer, rows_file):
     row = {"question": "Which?", "options": {"A": "gout", "B": "gout"}, "answer": "B"}
-    (prediction,) = predict(model, tokenizer, read_rows(rows_file(row)), show_progress=False)
+    (prediction,) = predict(model, tokenizer, read_rows(rows_file(row)))
     assert (prediction["prediction"], prediction["correct"]) == ("A", False)
 
 
@@ -171,32 +166,154 @@ def test_a_model_that_knows_the_answers_scores_100_percent_and_0_where_others_ar
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    summary = evaluate(model, tokenizer, rows, show_progress=False)["summary"]
-    ways = ("accuracy", "letter_accuracy", "open_accuracy")
-    assert [summary[way] for way in ways] == [1.0, 1.0, 1.0]
+    ways = EvalConfig(score=("text", "logits", "generate", "loss"))
+
+    def accuracies(rows):
+        summary = evaluate(model, tokenizer, rows, show_progress=False, config=ways)["summary"]
+        also = [summary["also"][way]["accuracy"] for way in ("logits", "generate")]
+        return [summary["accuracy"], *also, summary["open_accuracy"]], summary
+
+    right, summary = accuracies(rows)
+    assert right == [1.0] * 4
     assert summary["nll"] < 0.1
-    wrong = [replace(row, answer="C" if row.options else "something else") for row in rows]
-    summary = evaluate(model, tokenizer, wrong, show_progress=False)["summary"]
-    assert [summary[way] for way in ways] == [0.0, 0.0, 0.0]
+    wrong, _ = accuracies([replace(row, answer="C" if row.options else "something else") for row in rows])
+    assert wrong == [0.0] * 4
 
 
 @pytest.mark.parametrize("row", [ROWS[0], ROWS[2]], ids=["choice", "open"])
-def test_a_question_longer_than_the_context_is_refused_by_name(model, tokenizer, rows_file, row):
-    rows = read_rows(rows_file({**row, "id": "long", "question": "Why? " * 200}))
-    with pytest.raises(ValueError, match=r"question long has .* tokens, the model reads at most 128"):
-        predict(model, tokenizer, rows, show_progress=False)
+def test_a_question_longer_than_the_context_is_wrong_and_counted(model, tokenizer, rows_file, row):
+    rows = read_rows(rows_file({**row, "id": "long", "question": "Why? " * 200}, row))
+    result = evaluate(model, tokenizer, rows, show_progress=False)
+    long, short = result["predictions"]
+    assert (long["too_long"], long["prediction"], long["correct"], long["scores"]) == (True, "", False, {})
+    assert "too_long" not in short
+    assert short == predict(model, tokenizer, rows[1:])[0]
+    assert result["summary"]["too_long"] == 1
 
 
 def test_scores_that_are_no_numbers_are_an_error_and_not_the_first_option(model, tokenizer, rows):
     with torch.no_grad():
         model.model.norm.weight[0] = torch.nan
-    with pytest.raises((ValueError, FloatingPointError), match=r"finite|nan"):
-        predict(model, tokenizer, rows[:1], show_progress=False)
+    for score in (("logits",), ("text",)):
+        with pytest.raises(FloatingPointError, match=r"damaged"):
+            predict(model, tokenizer, rows[:1], score=score)
+
+
+# --- stand-ins that answer by script: what the scores then must be is known ---
+
+
+def questions_of(n, seed):
+    """Multiple choice of 4 letters, some with several right ones."""
+    rng, rows = random.Random(seed), []
+    for i in range(n):
+        options = {letter: f"{rng.choice(['gout', 'asthma', 'acid', 'cough'])} {i} {letter}" for letter in "ABCD"}
+        answer = "".join(sorted(rng.sample("ABCD", 3 if i % 10 == 0 else 1)))
+        rows.append({"id": f"q{i}", "question": f"What is right in case {i}?", "options": options, "answer": answer})
+    return rows
+
+
+def written(model, tokenizer, rows, monkeypatch, replies):
+    """The summary of rows whose written answers are these."""
+    of_prompt = {tuple(tokenizer.chat(row.messages[:-1])): reply for row, reply in zip(rows, replies, strict=True)}
+
+    def complete(model, tokenizer, prompts, config, prefix):
+        return [of_prompt[tuple(prompt)] for prompt in prompts]
+
+    monkeypatch.setattr(scoring, "complete", complete)
+    monkeypatch.setattr(scoring, "WORTH_SHARING", 1000)
+    config = EvalConfig(score=("generate",), batch_size=7)
+    return evaluate(model, tokenizer, rows, show_progress=False, config=config)["summary"]
+
+
+def test_one_that_always_writes_the_answer_scores_100_percent(model, tokenizer, rows_file, monkeypatch):
+    rows = read_rows(rows_file(*questions_of(60, seed=1)))
+    shapes = ["答案是{}。", "The answer is {}.", "{}", "I would choose {}", "故选{}"]
+    replies = [shapes[i % 5].format("、".join(row.answer)) for i, row in enumerate(rows)]
+    summary = written(model, tokenizer, rows, monkeypatch, replies)
+    assert (summary["scoring"], summary["n"], summary["unanswered"]) == ("generate", 60, 0)
+    assert [summary[part]["accuracy"] for part in ("single", "several")] == [1.0, 1.0]
+    assert summary["accuracy"] == 1.0
+
+
+def test_one_that_never_writes_a_letter_scores_0_with_everything_unanswered(model, tokenizer, rows_file, monkeypatch):
+    rows = read_rows(rows_file(*questions_of(60, seed=1)))
+    silent = ["无法确定。", "I cannot say.", "", "A patient should ask a doctor.", "维生素A"]
+    summary = written(model, tokenizer, rows, monkeypatch, [silent[i % 5] for i in range(60)])
+    assert (summary["accuracy"], summary["unanswered"], summary["n"]) == (0.0, 60, 60)
+
+
+def test_one_that_answers_at_random_lands_inside_its_interval(model, tokenizer, rows_file, monkeypatch):
+    rows = [row for row in read_rows(rows_file(*questions_of(800, seed=2))) if not row.several]
+    rng = random.Random(3)
+    summary = written(model, tokenizer, rows, monkeypatch, [f"选{rng.choice('ABCD')}" for _ in rows])
+    low, high = summary["interval"]
+    assert low < summary["floors"]["random"] == 0.25 < high
+    assert 0.05 < high - low < 0.08  # 2 * 1.96 * sqrt(0.25 * 0.75 / 720) = 0.063
+    assert summary["unanswered"] == 0
+
+
+class Knowing(nn.Module):
+    """Its next token is the letter of the right answer, whatever the batch; of all else it has no opinion."""
+
+    def __init__(self, config, known):
+        super().__init__()
+        self.config, self.known = config, known
+        self.lm_head = nn.Linear(config.vocab_size, config.vocab_size, bias=False)
+        nn.init.eye_(self.lm_head.weight)
+
+    def hidden(self, tokens):
+        hidden = torch.zeros(*tokens.shape, self.config.vocab_size)
+        for b, row in enumerate(tokens.tolist()):
+            for prompt, ids in self.known.items():
+                if tuple(row[: len(prompt)]) == prompt:
+                    hidden[b, len(prompt) - 1 :, ids] = 5.0
+        return hidden, []
+
+
+def test_one_whose_next_token_is_always_right_scores_100_percent_by_logits(
+    config, make_tokenizer, rows_file, monkeypatch
+):
+    rows = read_rows(rows_file(*questions_of(40, seed=4)))
+    tokenizer = make_tokenizer(control_symbols=list(FORMATS["minidoctor"].needs), user_defined_symbols=list("ABCD"))
+    config = replace(config, vocab_size=tokenizer.vocab_size)
+    ids = {letter: tokenizer.encode(letter)[-1] for letter in "ABCD"}
+    monkeypatch.setattr(scoring, "WORTH_SHARING", 1000)
+    for shift, expected in ((0, 1.0), (1, 0.0)):
+        said = {
+            tuple(tokenizer.chat(row.messages[:-1])): [
+                ids["ABCDA"["ABCD".index(letter) + shift]] for letter in row.answer
+            ]
+            for row in rows
+        }
+        model = Knowing(config, said)
+        summary = evaluate(model, tokenizer, rows, show_progress=False, config=EvalConfig(score=("logits",)))["summary"]
+        assert (summary["single"]["accuracy"], summary["several"]["accuracy"]) == (expected, expected)
+
+
+# --- the program ---
 
 
 def call(monkeypatch, *words):
     monkeypatch.setattr(sys, "argv", ["evaluate", *map(str, words)])
     main()
+
+
+@pytest.fixture
+def roomy(base_dir, tmp_path):
+    """The base with room for the benchmarks' prompts, which its tokenizer writes byte by byte."""
+    directory = shutil.copytree(base_dir, tmp_path / "roomy")
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 1024}))
+    return directory
+
+
+@pytest.fixture
+def cmmlu(tmp_path):
+    """test/anatomy.csv, and dev/anatomy.csv with other questions."""
+    for name, text in (("test", CMMLU), ("dev", CMMLU.replace("哪个科", "什么科").replace("关键", "主要"))):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "anatomy.csv").write_text(text, encoding="utf-8")
+    return tmp_path / "test" / "anatomy.csv"
 
 
 def test_the_program_prints_a_table_and_writes_every_prediction(
@@ -207,19 +324,247 @@ def test_the_program_prints_a_table_and_writes_every_prediction(
     words = ["--base", base_dir, "--adapter", adapter_dir, "--data", *files, "--out", out, "--device", "cpu"]
     call(monkeypatch, *words)
     result = json.loads(out.read_text())
-    assert set(result) == {"summary", "predictions"}
+    assert set(result) == {"complete", "protocol", "summary", "predictions"}
     assert {"accuracy", "n", "nll", "languages"} <= set(result["summary"])
     assert all({"accuracy", "n", "nll"} <= set(part) for part in result["summary"]["languages"].values())
     for prediction in result["predictions"]:
         assert {"id", "prediction", "answer", "correct", "scores"} <= set(prediction)
     rows = [row for file in files for row in read_rows(file)]
-    assert result == evaluate(adapted, tokenizer, rows, show_progress=False)
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines[1:4]] == ["all", "en", "zh"]
+    expected = evaluate(adapted, tokenizer, rows, show_progress=False)
+    assert {key: result[key] for key in expected} == expected
+    assert result["protocol"]["first_prompt"] == rows[0].messages[0]["content"]
+    printed = capsys.readouterr().out
+    assert rows[0].messages[0]["content"] in printed
+    named = [line.split()[0] for line in printed.splitlines() if re.match("(all|en|zh) ", line)]
+    assert list(dict.fromkeys(named)) == ["all", "en", "zh"]
+
+
+def test_every_figure_of_a_result_file_follows_from_its_rows(cmmlu, tmp_path, roomy, monkeypatch):
+    out = tmp_path / "p.json"
+    call(monkeypatch, "--base", roomy, "--data", cmmlu, "--score", "logits,text,generate,loss", "--out", out)
+    result = json.loads(out.read_text())
+    assert full_summary(result["predictions"]) == result["summary"]
+    for p in result["predictions"]:
+        best = max(p["scores"], key=p["scores"].get)
+        assert (p["scoring"], p["prediction"], p["correct"]) == ("logits", best, best == p["answer"])
+        assert set(p["also"]) == {"text", "text_per_character", "generate"}
+        assert p["nll"] > 0
 
 
 def test_without_an_adapter_the_base_is_evaluated(tmp_path, base_dir, model, tokenizer, rows_file, monkeypatch):
     path, out = rows_file(*ROWS[:3]), tmp_path / "predictions.json"
     call(monkeypatch, "--base", base_dir, "--data", path, "--out", out, "--device", "cpu")
     expected = evaluate(model, tokenizer, read_rows(path), show_progress=False)
-    assert json.loads(out.read_text()) == expected
+    assert json.loads(out.read_text())["predictions"] == expected["predictions"]
+
+
+def stopping(way, after):
+    """The scorer, interrupted after so many answers."""
+    scorer = scoring.SCORERS[way]
+
+    def stopped(*arguments):
+        for number, one in enumerate(scorer(*arguments)):
+            if number == after:
+                raise KeyboardInterrupt
+            yield one
+
+    return {**scoring.SCORERS, way: stopped}
+
+
+@pytest.mark.parametrize(("way", "after"), [("text", 1), ("logits", 2), ("loss", 3), ("generate", 0)])
+def test_a_stopped_evaluation_goes_on_where_it_was(way, after, tmp_path, base_dir, rows_file, monkeypatch, capsys):
+    data, whole, out = rows_file(*ROWS), tmp_path / "whole.json", tmp_path / "part.json"
+    words = ["--base", base_dir, "--data", data, "--device", "cpu", "--batch-size", "1"]
+    call(monkeypatch, *words, "--out", whole)
+    with monkeypatch.context() as patch:
+        patch.setattr(answers, "SCORERS", stopping(way, after))
+        with pytest.raises(KeyboardInterrupt):
+            call(monkeypatch, *words, "--out", out)
+    part = json.loads(out.read_text())
+    assert part["complete"] is False
+    assert "--resume" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="unfinished"):
+        call(monkeypatch, *words, "--out", out)
+    with pytest.raises(ValueError, match="made with another prompt"):
+        call(monkeypatch, *words, "--prompt", "huatuo", "--out", out, "--resume")
+    done = sum(way in known_from(p) for p in part["predictions"])
+    assert done == after
+    asked = []
+    scorer = scoring.SCORERS[way]
+
+    def counting(model, asker, questions, config):
+        asked.extend(questions)
+        return scorer(model, asker, questions, config)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(answers, "SCORERS", {**scoring.SCORERS, way: counting})
+        call(monkeypatch, *words, "--out", out, "--resume")
+    ends = {"generate": 3, "loss": 6}.get(way, 3)
+    assert len(asked) == ends - after
+    ended, expected = (json.loads(path.read_text()) for path in (out, whole))
+    assert ended["complete"]
+    assert ended["protocol"] == expected["protocol"]
+    for one, other in zip(ended["predictions"], expected["predictions"], strict=True):
+        assert one["prediction"] == other["prediction"]
+        # Not to the last bit: fewer questions have a longer start in common.
+        known, whole_known = known_from(one), known_from(other)
+        assert known.keys() == whole_known.keys()
+        for key, outcome in known.items():
+            torch.testing.assert_close(
+                outcome.get("scores", {}), whole_known[key].get("scores", {}), rtol=1e-5, atol=1e-5
+            )
+            assert outcome.get("reply") == whole_known[key].get("reply")
+
+
+def test_an_unfinished_result_is_saved_once_a_minute(tmp_path, base_dir, rows_file, monkeypatch):
+    monkeypatch.setattr(answers, "SAVE_EVERY", 0)
+    saved = []
+    monkeypatch.setattr("minidoctor.evaluate.write_json", lambda path, content: saved.append(content["complete"]))
+    call(monkeypatch, "--base", base_dir, "--data", rows_file(*ROWS[:2]), "--out", tmp_path / "p.json")
+    assert saved == [False] * (len(saved) - 1) + [True]
+    assert len(saved) > 3
+
+
+def test_what_is_known_survives_the_file(adapted, tokenizer, rows):
+    config = EvalConfig(score=("generate", "text", "logits", "loss"))
+    asker = answers.Asker(tokenizer, raw=False)
+    questions = answers.put_questions(asker, rows, [], config, 128, show_progress=False)
+    found = [{} for _ in rows]
+    answers.answer(adapted, asker, questions, config, found, show_progress=False)
+    for question, known in zip(questions, found, strict=True):
+        assert known_from(prediction_of(question, config, known)) == known
+        assert known_from(prediction_of(question, config, {})) == {}
+
+
+def test_solved_questions_are_found_in_dev_and_stand_in_the_prompt(cmmlu, tmp_path, roomy, monkeypatch, capsys):
+    out = tmp_path / "p.json"
+    call(monkeypatch, "--base", roomy, "--data", cmmlu, "--shots", "1", "--out", out)
+    result = json.loads(out.read_text())
+    prompt = result["protocol"]["first_prompt"]
+    assert prompt.startswith("以下是关于解剖学的单项选择题，请直接给出正确答案的选项。\n\n题目：痛风的主要检查是")
+    assert prompt.endswith("答案是：A\n\n题目：痛风的关键检查是\nA. 尿酸\nB. 关节液\nC. 夜间咳嗽\nD. 风湿科\n答案是：")
+    assert prompt in capsys.readouterr().out
+    with pytest.raises(ValueError, match="no solved questions beside"):
+        call(monkeypatch, "--base", roomy, "--data", cmmlu.parent.parent / "dev" / "anatomy.csv", "--shots", "1")
+
+
+def test_a_prompt_of_ones_own_and_its_hash(cmmlu, tmp_path, roomy, monkeypatch):
+    hashes = []
+    for name, text in (("1", "{question}？\n{options}\n选："), ("2", "{question}！\n{options}\n选：")):
+        prompt, out = tmp_path / f"{name}.txt", tmp_path / f"{name}.json"
+        prompt.write_text(text, encoding="utf-8")
+        call(monkeypatch, "--base", roomy, "--data", cmmlu, "--prompt", prompt, "--out", out, "--raw")
+        result = json.loads(out.read_text())
+        assert result["protocol"]["first_prompt"] == text.format(
+            question="痛风的关键检查是", options="A. 尿酸\nB. 关节液\nC. 夜间咳嗽\nD. 风湿科"
+        )
+        hashes += [p["prompt_sha256"] for p in result["predictions"]]
+    assert len(set(hashes)) == 6
+
+
+def test_two_results_are_compared_in_pairs(cmmlu, tmp_path, roomy, rows_file, monkeypatch, capsys):
+    files = [tmp_path / f"{name}.json" for name in "abc"]
+    call(monkeypatch, "--base", roomy, "--data", cmmlu, "--out", files[0])
+    result = json.loads(files[0].read_text())
+    for p in result["predictions"]:
+        p["correct"] = not p["correct"]
+    files[1].write_text(json.dumps(result))
+    capsys.readouterr()
+    call(monkeypatch, "--compare", *files[:2])
+    printed = capsys.readouterr().out
+    n_right = sum(not p["correct"] for p in result["predictions"])
+    assert f"right only in a: {n_right}, only in b: {3 - n_right}" in printed
+    call(monkeypatch, "--base", roomy, "--data", rows_file(*ROWS[:2]), "--out", files[2])
+    with pytest.raises(ValueError, match="not of the same questions"):
+        call(monkeypatch, "--compare", files[0], files[2])
+    files[1].write_text("{}")
+    with pytest.raises(ValueError, match="not two results"):
+        call(monkeypatch, "--compare", *files[:2])
+
+
+def test_cmb_gets_its_submission_file(tmp_path, roomy, cmmlu, monkeypatch, capsys):
+    asked = [
+        {"id": 7, "exam_type": "医师考试", "exam_class": "执业医师", "question_type": kind, "question": "哪个科",
+         "option": {"A": "风湿科", "B": "呼吸科", "C": "关节", "D": ""}}
+        for kind in ("单项选择题", "多项选择题")
+    ]  # fmt: skip
+    asked[1]["id"] = 8
+    data, answered, form = tmp_path / "q.json", tmp_path / "a.json", tmp_path / "form.json"
+    data.write_text(json.dumps(asked, ensure_ascii=False), encoding="utf-8")
+    answered.write_text(json.dumps([{"id": 7, "answer": "A"}, {"id": 8, "answer": "AB"}]), encoding="utf-8")
+    out = tmp_path / "p.json"
+    call(monkeypatch, "--base", roomy, "--data", data, "--submission", form, "--out", out)
+    predictions = json.loads(out.read_text())["predictions"]
+    assert json.loads(form.read_text()) == [
+        {"id": i, "model_answer": p["prediction"]} for i, p in zip((7, 8), predictions, strict=True)
+    ]
+    assert [p["correct"] for p in predictions] == [None, None]
+    assert "2 questions have no known answer" in capsys.readouterr().out
+    call(monkeypatch, "--base", roomy, "--data", data, "--answers", answered, "--out", out)
+    result = json.loads(out.read_text())
+    assert [p["prediction"] for p in result["predictions"]] == [p["prediction"] for p in predictions]
+    assert result["summary"]["n"] == 2
+    assert result["summary"]["several"]["n"] == 1
+    assert list(result["summary"]["exams"]["cmb"]["parts"]) == ["医师考试"]
+    with pytest.raises(ValueError, match="submission is for CMB"):
+        call(monkeypatch, "--base", roomy, "--data", cmmlu, "--submission", form)
+
+
+def test_rows_that_are_left_out_are_said_and_stored(cmmlu, tmp_path, roomy, monkeypatch, capsys):
+    cmmlu.write_text(CMMLU + "3,痛风,尿酸,关节,夜间,呼吸,nan\n", encoding="utf-8")
+    out = tmp_path / "p.json"
+    call(monkeypatch, "--base", roomy, "--data", cmmlu, "--out", out, "--limit", "2")
+    (file,) = json.loads(out.read_text())["protocol"]["files"]
+    assert (file["questions"], len(file["left_out"])) == (3, 1)
+    printed = capsys.readouterr().out
+    assert "anatomy.csv:5:" in printed
+    assert "nan" in printed
+    assert "1 rows left out" in printed
+    assert len(json.loads(out.read_text())["predictions"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--score", "letters"], "score must be of"),
+        (["--score", "loss"], "must begin with another way"),
+        (["--score", "text,text"], "each way once"),
+        (["--shots", "-1"], "shots must be at least 0"),
+        (["--batch-size", "0"], "batch_size must be at least 1"),
+        (["--limit", "0"], "limit must be at least 1"),
+        (["--resume"], "--resume needs the --out"),
+        (["--out", "nowhere/p.json"], "directory that exists"),
+        (["--prompt", "nowhere.txt"], "neither own, cmb"),
+        (["--compare", "a.json", "b.json"], "no such file"),
+        (["--data", "nowhere.csv"], "no such file"),
+    ],
+)
+def test_a_careless_command_is_told_what_is_wrong(words, message, base_dir, cmmlu, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    given = words if words[0] in ("--compare", "--data") else ["--data", cmmlu, *words]
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        call(monkeypatch, "--base", base_dir, *given)
+
+
+SHARED = Path(__file__).parents[2] / "shared" / "data"
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the benchmarks' own files are not here")
+@pytest.mark.parametrize("path", ["cmmlu_med/test", "cmexam/val.csv", "cmb/CMB-sample.json"])
+def test_predictions_of_the_shipped_base_are_those_of_a_plain_loop(path):
+    from minidoctor.tokenizer import load_tokenizer
+    from minidoctor.weights import load_model
+
+    base = Path(__file__).parent.parent / "data" / "base"
+    model, tokenizer, rows = load_model(base), load_tokenizer(base), read_questions(SHARED / path).rows
+    rows = [row for row in rows[:: len(rows) // 20] if not row.several][:20]
+    asker = answers.Asker(tokenizer, raw=False)
+    questions = answers.put_questions(asker, rows, [], EvalConfig(), model.config.max_seq_len, show_progress=False)
+    expected = []
+    for one in questions:
+        # Sums: this vocabulary spells "E" in two tokens.
+        likely = [sum(plain_log_likelihoods(model, one.tokens, tokenizer.encode(x))) for x in one.row.options]
+        expected.append(list(one.row.options)[likely.index(max(likely))])
+    for batch_size in (1, 16):
+        predictions = predict(model, tokenizer, rows, score=("logits",), batch_size=batch_size)
+        assert [p["prediction"] for p in predictions] == expected
