@@ -15,20 +15,17 @@ import argparse
 import dataclasses
 import hashlib
 import itertools
-import json
 import math
 import random
-import resource
-import signal
-import sys
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from minidoctor.answers import evaluate
 from minidoctor.checkpoint import (
     STATE,
     check_vocabulary,
@@ -39,6 +36,7 @@ from minidoctor.checkpoint import (
 )
 from minidoctor.config import (
     AdapterConfig,
+    EvalConfig,
     TrainConfig,
     add_flags,
     choose_device,
@@ -46,15 +44,19 @@ from minidoctor.config import (
     from_flags,
     run,
 )
-from minidoctor.data import IGNORE, Batch, Batches, Example, collate, encode, read_rows
-from minidoctor.evaluate import evaluate, table
+from minidoctor.data import IGNORE, Batch, Batches, Example, Row, collate, encode, explained
+from minidoctor.exams import Questions, files_of, in_both, plain, read_questions
 from minidoctor.expert_queue import ExpertQueue
-from minidoctor.files import write_atomically, write_json
+from minidoctor.files import write_json
 from minidoctor.losses import contrastive_routing_loss, language_model_loss, load_balance_loss
+from minidoctor.metrics import Figures, Log, Stop, peak_memory_gib
 from minidoctor.model import Model, trained_weights
+from minidoctor.results import table
 from minidoctor.router import Router
 from minidoctor.tokenizer import Tokenizer, load_tokenizer
 from minidoctor.weights import load_model
+
+EVALUATION = EvalConfig(score=("auto", "loss"))
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
@@ -77,16 +79,6 @@ def make_optimizer(model: Model, config: TrainConfig) -> torch.optim.Optimizer:
         step = torch.zeros((), device=p.device if fused else "cpu")
         optimizer.state[p] = {"step": step, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
     return optimizer
-
-
-class Figures(NamedTuple):
-    """What one step reports. Tensors stay on the device: reading one would make the CPU wait for it."""
-
-    losses: dict[str, Tensor]  # the weighted total as "loss", and its parts
-    load: Tensor  # (L, E), share of the anchors' first choices that fell on each expert
-    grad_norm: Tensor
-    lr: float
-    n_tokens: int
 
 
 def train_step(
@@ -156,79 +148,6 @@ def parts_of(examples: list[Example], n: int) -> list[Batch]:
     return [collate(ordered[i : i + size]) for i in range(0, len(ordered), size)]
 
 
-class Log:
-    """`metrics.jsonl`, a row a step, and the line that people read.
-
-    Steps are kept as tensors until `flush`, so that logging does not hold up the GPU at every step.
-    """
-
-    def __init__(self, out: Path, step: int):
-        self.path = out / "metrics.jsonl"
-        self.waiting: list[tuple[int, Figures, float]] = []
-        # After a crash the file may be ahead of the saved state: those steps will be written again.
-        kept = self.path.read_bytes().splitlines(keepends=True)[:step] if step else []
-        write_atomically(self.path, *kept)
-
-    def add(self, step: int, figures: Figures, seconds: float) -> None:
-        self.waiting.append((step, figures, seconds))
-
-    def flush(self) -> tuple[str, list[list[float]]]:
-        """Writes what waits; returns the line of the last step and the mean expert load (L, E) since the last.
-
-        Raises FloatingPointError at the first step whose loss or gradient is not finite; those before it are written.
-        """
-        rows, failure = [], None
-        for step, figures, seconds in self.waiting:
-            row = {"step": step, **{name: loss.item() for name, loss in figures.losses.items()}}
-            row |= {"grad_norm": figures.grad_norm.item(), "lr": figures.lr}
-            row |= {"tokens": figures.n_tokens, "seconds": seconds}
-            if bad := [name for name, value in row.items() if not math.isfinite(value)]:
-                values = ", ".join(f"{name} {row[name]:.4g}" for name in figures.losses)
-                failure = f"step {step}: {', '.join(bad)} not finite ({values}); try a lower --lr"
-                break
-            rows.append(row)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
-        if failure:
-            raise FloatingPointError(failure)
-        load = torch.stack([figures.load for _, figures, _ in self.waiting]).mean(0)
-        self.waiting.clear()
-        names = [name for name in ("loss", "lm", "balance", "contrast") if name in rows[-1]]
-        parts = [f"{name} {sum(row[name] for row in rows) / len(rows):.3f}" for name in names]
-        speed = sum(row["tokens"] for row in rows) / sum(row["seconds"] for row in rows)
-        parts += [f"lr {rows[-1]['lr']:.1e}", f"{speed:,.0f} tok/s", f"{peak_memory_gib():.2f} GiB"]
-        if load.numel():
-            parts.append(f"load {load.min():.0%}-{load.max():.0%} of {1 / load.shape[1]:.0%}")
-        return f"step {rows[-1]['step'] + 1:5d}  " + "  ".join(parts), load.tolist()
-
-
-def peak_memory_gib() -> float:
-    """The most memory this process has held: on the GPU if there is one, else in all."""
-    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
-        return torch.cuda.max_memory_allocated() / 2**30
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**30 if sys.platform == "darwin" else 2**20)
-
-
-class Stop:
-    """Ctrl-C, or a polite kill, asks to stop after the running step; a second one stops at once."""
-
-    asked = False
-
-    def __enter__(self) -> "Stop":
-        self.before = {s: signal.signal(s, self.ask) for s in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def ask(self, number: int, frame: object) -> None:
-        if self.asked:
-            raise KeyboardInterrupt
-        self.asked = True
-
-
 def make_queue(model: Model, config: TrainConfig) -> ExpertQueue | None:
     """None where there is nothing to contrast: one expert, or no weight on the loss."""
     adapter = model.adapter
@@ -291,6 +210,37 @@ def main() -> None:
     train(config, adapter, state)
 
 
+def read_data(config: TrainConfig) -> tuple[list[Row], list[Row], int]:
+    """Questions to learn, questions to evaluate on, and how many of these are among the first as well.
+
+    Prints what had to be left out. Raises FileNotFoundError or ValueError.
+    """
+    learned = read_questions(config.data)
+    tested = read_questions(config.eval) if config.eval else Questions([], [])
+    for odd in (learned.odd, tested.odd):
+        print("".join(f"left out: {line}\n" for line in odd[:5]), end="")
+        if len(odd) > 5:
+            print(f"left out: {len(odd) - 5} more")
+    rows = [row for row in learned.rows if row.messages[-1]["role"] == "assistant"]
+    if len(rows) < len(learned.rows):
+        print(f"left out: {len(learned.rows) - len(rows)} questions of {config.data} that have no answer")
+    both = in_both(rows, tested.rows)
+    if both and config.leave_out_eval:
+        before = len(rows)
+        rows = [row for row in rows if plain(row.question) not in both]
+        print(f"left out: {before - len(rows)} of {before} questions of {config.data} that stand in {config.eval} too")
+        both = set()
+    seen = sum(plain(row.question) in both for row in tested.rows)
+    if seen:
+        print(
+            f"WARNING: {seen} of {len(tested.rows)} questions of {config.eval} stand in {config.data} too: the "
+            "accuracy on them shows memory, not knowledge; --leave-out-eval leaves them out of training"
+        )
+    if not rows:
+        raise ValueError(f"{config.data}: no question to learn from is left")
+    return rows, tested.rows, seen
+
+
 def train(config: TrainConfig, adapter: AdapterConfig, state: dict[str, Any]) -> None:
     """A run from its start, or from `state`, to its report."""
     device, out = choose_device(config.device), Path(config.out)
@@ -300,7 +250,9 @@ def train(config: TrainConfig, adapter: AdapterConfig, state: dict[str, Any]) ->
         raise ValueError(tokenizer.note)
     model = load_model(config.base, choose_dtype(config.dtype, device), device, adapter)
     check_vocabulary(config.base, model, tokenizer)
-    encoded = [encode(row.messages, tokenizer, config.max_seq_len) for row in read_rows(config.data)]
+    rows, eval_rows, eval_seen = read_data(config)
+    conversations = [explained(row) if config.explain else row.messages for row in rows]
+    encoded = [encode(messages, tokenizer, config.max_seq_len) for messages in conversations]
     examples = [example for example in encoded if max(example.targets) != IGNORE]
     if len(examples) < len(encoded):
         print(f"{len(encoded) - len(examples)} of {len(encoded)} examples left out: no answer before --max-seq-len")
@@ -311,12 +263,12 @@ def train(config: TrainConfig, adapter: AdapterConfig, state: dict[str, Any]) ->
         raise ValueError(
             f"{config.data}: an example has {longest} tokens, {config.base} reads {context}: --max-seq-len"
         )
-    eval_rows = read_rows(config.eval) if config.eval else []
     batches = Batches(examples, config.batch_size, config.seed)
     optimizer, queue = make_optimizer(model, config), make_queue(model, config)
     digest = hashlib.sha256()
     for path in filter(None, (config.data, config.eval)):
-        digest.update(hashlib.sha256(Path(path).read_bytes()).digest())
+        for file in files_of(Path(path)):
+            digest.update(hashlib.sha256(file.read_bytes()).digest())
     if state:
         restore(out, model, optimizer, queue, state, digest.hexdigest())
     else:
@@ -326,17 +278,18 @@ def train(config: TrainConfig, adapter: AdapterConfig, state: dict[str, Any]) ->
         save(out, model, optimizer, queue, state)
     print(describe(model, tokenizer, queue, examples, config, state))
     if eval_rows and state["eval_before"] is None:
-        before = evaluate(model, tokenizer, eval_rows)["summary"]
+        before = evaluate(model, tokenizer, eval_rows, config=EVALUATION)["summary"]
         save(out, model, optimizer, queue, state | {"eval_before": before})
         state["eval_before"] = before
 
     if not fit(model, optimizer, queue, batches, config, state):
         print(f"stopped and saved after step {state['step']}; go on with: python train.py --out {out} --resume")
         return
-    eval_after = evaluate(model, tokenizer, eval_rows)["summary"] if eval_rows else None
+    eval_after = evaluate(model, tokenizer, eval_rows, config=EVALUATION)["summary"] if eval_rows else None
     report = {
         "eval_before": state["eval_before"],
         "eval_after": eval_after,
+        "eval_seen": eval_seen,
         "steps": state["step"],
         "seconds": state["seconds"],
         "tokens_per_second": state["tokens"] / state["seconds"],
