@@ -47,7 +47,7 @@ def test_every_field_is_a_flag_that_takes_what_its_default_prints(config):
     for field in dataclasses.fields(config):
         expected[field.name] = field.default
         if field.default is False:
-            words += ["--" + field.name]
+            words += ["--" + field.name.replace("_", "-")]
             expected[field.name] = True
         else:
             text = ",".join(field.default) if isinstance(field.default, tuple) else str(field.default)

@@ -203,7 +203,7 @@ def test_killed_at_any_moment_a_run_resumes_to_the_same_adapter(make_config, tmp
     flags = [
         f"--{name.replace('_', '-')}={value}"
         for name, value in {**dataclasses.asdict(config), **dataclasses.asdict(ADAPTER_CONFIG)}.items()
-        if name not in ("resume", "targets", "out")
+        if name not in ("targets", "out") and value is not False
     ]
 
     def start(out, *more):
