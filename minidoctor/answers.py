@@ -5,6 +5,7 @@ stand below "also". A run can be stopped at any place and go on, for what is kno
 """
 
 import hashlib
+import json
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -104,9 +105,14 @@ def prediction_of(question: Question, config: EvalConfig, found: Found) -> Predi
         "several": row.several,
         "n_options": len(row.options),
         "longest": max(row.options, key=lambda letter: len(row.options[letter]), default=""),
-        "prompt_sha256": hashlib.sha256(question.text.encode()).hexdigest(),
+        "question_sha256": sha256(json.dumps([row.question, row.options])),
+        "prompt_sha256": sha256(question.text),
         "shots": question.shots,
     }
+
+
+def sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def known_from(prediction: Prediction) -> Found:

@@ -102,6 +102,8 @@ def parse_row(row: Any, id: str) -> Row:
         messages = conversation(question, answer)
     else:
         question, answer = text_of(row, "question"), text_of(row, "answer")
+        if "option" in row and "options" not in row:
+            raise ValueError('"option" is CMB\'s, in a JSON list; here it is "options"')
         messages = conversation(question, answer)
         if "options" in row:
             options = parse_options(row["options"], answer)
@@ -146,7 +148,7 @@ def parse_options(options: Any, answer: str) -> dict[str, str]:
         raise ValueError('"options" must be an object with at least two letters')
     for letter in options:
         if not re.fullmatch("[A-Z]", letter):
-            raise ValueError(f'an option is named by one capital letter, got "{letter:.40}"')
+            raise ValueError(f"an option is named by one capital letter, got {letter!r:.40}")
         text_of(options, letter)
     if not set(answer) <= set(options) or len(set(answer)) != len(answer):
         raise ValueError(f'"answer" must be among the options {"".join(options)}, got {answer!r:.40}')

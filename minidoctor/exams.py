@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from minidoctor.data import Row, conversation, language_of, multiple_choice, parse_options, read_rows, text_of
-from minidoctor.files import read_bytes
+from minidoctor.files import read_bytes, unique_keys
 
 CMMLU = {"Question", "A", "B", "C", "D", "Answer"}
 CMEXAM = {"Question", "Options", "Answer"}
@@ -43,7 +43,7 @@ def read_questions(path: str | Path, answers: str | Path | None = None) -> Quest
     files = files_of(path)
     read = [read_file(file, known) for file in files]
     rows, odd = [row for part in read for row in part.rows], [line for part in read for line in part.odd]
-    if unused := len(known) - sum(row.id in known for row in rows):
+    if unused := len(known.keys() - {row.id for row in rows if row.exam == "cmb"}):
         odd.append(f"{answers}: {unused} of {len(known)} answers are for no question that was read")
     return Questions(rows, odd)
 
@@ -67,11 +67,15 @@ def files_of(path: Path) -> list[Path]:
     return files
 
 
-def read_file(path: Path, answers: dict[str, dict[str, Any]]) -> Questions:
+def read_text(path: Path) -> str:
     try:
-        text = read_bytes(path).decode("utf-8-sig")
+        return read_bytes(path).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 ({error})") from None
+
+
+def read_file(path: Path, answers: dict[str, dict[str, Any]]) -> Questions:
+    text = read_text(path)
     start = text[:1000].lstrip()
     header = set(next(csv.reader(start.splitlines()[:1]), []))
     if start.startswith("["):
@@ -102,7 +106,7 @@ def csv_records(path: Path, text: str) -> Iterator[tuple[int, dict[str, str]]]:
     """Line and cells by column of each record. Strict: a quote left open would swallow the rest of the file."""
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     try:
-        header = next(reader)
+        header = [name.strip() for name in next(cells for cells in reader if "".join(cells).strip())]
         line = reader.line_num + 1
         for cells in reader:
             if cells:
@@ -114,7 +118,7 @@ def csv_records(path: Path, text: str) -> Iterator[tuple[int, dict[str, str]]]:
 
 def json_records(path: Path, text: str) -> Iterator[tuple[int, Any]]:
     """Line and value of each entry of a JSON list."""
-    decoder = json.JSONDecoder()
+    decoder = json.JSONDecoder(object_pairs_hook=unique_keys)  # a second option B would replace the first
     try:
         json.loads(text)  # the whole first, so that what is found between its entries is only space and commas
         at = text.index("[") + 1
@@ -157,8 +161,10 @@ def cmb_row(number: int, record: Any, answers: dict[str, dict[str, Any]]) -> Row
         raise ValueError(f"expected a JSON object, got {type(record).__name__}")
     if "question" not in record and "answer" in record:
         raise ValueError("an answer without a question; a file of answers is given with --answers")
-    row_id = str(record.get("id", f"row-{number + 1}"))
+    row_id = text_of(record, "id") if isinstance(record.get("id"), str) else str(record.get("id", f"row-{number + 1}"))
     known = answers.get(row_id, {})
+    if isinstance(record.get("answer"), str):
+        record = record | {"answer": "".join(sorted(record["answer"].strip()))}
     for key in (*ABOUT, "answer"):
         if known.get(key) and record.get(key) and known[key] != record[key]:
             raise ValueError(f"{key} is {record[key]!r:.40}, in the file of answers {known[key]!r:.40}")
@@ -211,10 +217,14 @@ def exam_row(
 
 def read_answers(path: Path) -> dict[str, dict[str, Any]]:
     """CMB's answers by the id of their question. Raises FileNotFoundError or ValueError."""
-    text = read_bytes(path).decode("utf-8", "replace")
-    answers = {}
+    text = read_text(path)
+    if not text.lstrip().startswith("["):
+        raise ValueError(f'{path}: expected a JSON list of {{"id": ..., "answer": "A"}}')
+    answers: dict[str, dict[str, Any]] = {}
     for line, record in json_records(path, text):
         if not isinstance(record, dict) or not isinstance(record.get("answer"), str) or "id" not in record:
             raise ValueError(f'{path}:{line}: expected {{"id": ..., "answer": "A"}}, got {record!r:.60}')
-        answers[str(record["id"])] = record
+        if str(record["id"]) in answers:
+            raise ValueError(f"{path}:{line}: a second answer for question {record['id']!r:.40}")
+        answers[str(record["id"])] = record | {"answer": "".join(sorted(record["answer"].strip()))}
     return answers

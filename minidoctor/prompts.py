@@ -101,9 +101,12 @@ def read_prompt(path: Path) -> Prompt:
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 ({error})") from None
     head, line, item = text.rpartition("\n---\n")
-    unknown = {name for name in SLOT.findall(text) if name not in SLOTS}
-    if unknown or not {"question", "options"} <= set(SLOT.findall(item)):
-        raise ValueError(f"{path}: needs {{question}} and {{options}}, may have {', '.join(SLOTS[2:])}; got {unknown}")
+    found = set(SLOT.findall(text))
+    if wrong := ({"question", "options"} - set(SLOT.findall(item))) or (found - set(SLOTS)):
+        known = ", ".join(SLOTS[2:])
+        raise ValueError(
+            f"{path}: needs {{question}} and {{options}}, may have {known}: see {', '.join(sorted(wrong))}"
+        )
     return Prompt(item, head + "\n" if line else "")
 
 

@@ -80,7 +80,7 @@ BAD_ROWS = [
     ({**CHOICE, "options": None}, '"options" must be an object'),
     ({**CHOICE, "options": ["gout", "flu"]}, '"options" must be an object'),
     ({**CHOICE, "options": {"B": "gout"}}, "at least two letters"),
-    ({**CHOICE, "options": {"A": "gout", "b": "flu"}}, 'one capital letter, got "b"'),
+    ({**CHOICE, "options": {"A": "gout", "b": "flu"}}, "one capital letter, got 'b'"),
     ({**CHOICE, "options": {"A": "gout", "B": 1}}, '"B" must be text, got 1'),
     ({**CHOICE, "answer": "D"}, "\"answer\" must be among the options ABC, got 'D'"),
     ({**CHOICE, "answer": "AA"}, "\"answer\" must be among the options ABC, got 'AA'"),
