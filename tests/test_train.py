@@ -17,7 +17,7 @@ from torch import nn
 import train
 from minidoctor.checkpoint import ADAPTER, STATE, load_adapted_model, read_run
 from minidoctor.config import AdapterConfig, TrainConfig
-from minidoctor.data import Batch, Batches, encode, parse_row
+from minidoctor.data import Batch, Batches, encode, explained, parse_row
 from minidoctor.files import read_tensors
 from minidoctor.losses import contrastive_routing_loss, load_balance_loss
 from minidoctor.model import adapter_state
@@ -345,3 +345,59 @@ def test_learning_rate_warms_up_and_falls_to_a_tenth():
     assert all(a > b for a, b in itertools.pairwise(rates[10:]))
     assert rates[-1] == pytest.approx(0.1, abs=1e-3)
     assert rates[55] == pytest.approx(0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi / 2)))
+
+
+EXAM = """Question,Options,Answer,Explanation
+痛风的关键检查是,"A 尿酸
+B 心电图",A,关节液中可见尿酸结晶
+哮喘属于哪个科,"A 风湿科
+B 呼吸科",B,nan
+痛风属于哪个科,"A 风湿科
+B 呼吸科",nan,
+"""
+
+
+def test_a_benchmarks_file_is_learned_from_with_or_without_its_explanation(tmp_path, tokenizer, capsys):
+    path = tmp_path / "exam.csv"
+    path.write_text(EXAM, encoding="utf-8")
+    rows, tested, seen = train.read_data(TrainConfig(data=str(path), eval=""))
+    assert "exam.csv:6: " in capsys.readouterr().out
+    assert ([row.answer for row in rows], tested, seen) == (["A", "B"], [], 0)
+    assert rows[0].messages[0]["content"] == "痛风的关键检查是\nA. 尿酸\nB. 心电图"
+    assert [row.messages[1]["content"] for row in rows] == ["A. 尿酸", "B. 呼吸科"]
+    assert [explained(row)[1]["content"] for row in rows] == ["A. 尿酸\n关节液中可见尿酸结晶", "B. 呼吸科"]
+
+
+def test_questions_that_stand_in_both_files_are_said_and_left_out_on_demand(tmp_path, rows_file, capsys):
+    path = tmp_path / "exam.csv"
+    path.write_text(EXAM, encoding="utf-8")
+    other = {"question": "高血压属于哪个科？", "answer": "心内科"}
+    data = rows_file({"question": "哮喘 属于哪个科？", "answer": "呼吸科"}, other)
+    config = TrainConfig(data=str(data), eval=str(path))
+    rows, tested, seen = train.read_data(config)
+    assert (len(rows), len(tested), seen) == (2, 2, 1)
+    assert "WARNING: 1 of 2 questions" in capsys.readouterr().out
+    rows, tested, seen = train.read_data(dataclasses.replace(config, leave_out_eval=True))
+    assert ([row.question for row in rows], len(tested), seen) == ([other["question"]], 2, 0)
+    printed = capsys.readouterr().out
+    assert "left out: 1 of 2" in printed
+    assert "WARNING" not in printed
+    with pytest.raises(ValueError, match="no question to learn from"):
+        train.read_data(TrainConfig(data=str(path), eval=str(path), leave_out_eval=True))
+
+
+def test_a_run_on_a_benchmark_reports_accuracy_and_loss_and_learns_explanations(make_config, tmp_path):
+    path = tmp_path / "exam.csv"
+    path.write_text(EXAM, encoding="utf-8")
+    losses = {}
+    for explain in (False, True):
+        out = tmp_path / str(explain)
+        config = make_config(data=str(path), eval=str(path), out=str(out), steps=2, explain=explain, max_seq_len=100)
+        train.train(config, ADAPTER_CONFIG, {})
+        report = json.loads((out / "report.json").read_text())
+        assert report["eval_seen"] == 2
+        for part in (report["eval_before"], report["eval_after"]):
+            assert (part["scoring"], part["n"], set(part["languages"])) == ("logits", 2, {"zh"})
+            assert part["nll"] > 0
+        losses[explain] = [json.loads(line)["lm"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert losses[False] != losses[True]
