@@ -6,6 +6,7 @@ stand below "also". A run can be stopped at any place and go on, for what is kno
 
 import hashlib
 import json
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -33,7 +34,7 @@ def ways_of(config: EvalConfig, row: Row) -> list[str]:
     Where nothing was chosen, one's own questions go by text first: a small base knows facts long before it can
     point at them by letter.
     """
-    auto = ["logits"] if row.exam else ["text", "logits", "loss"]
+    auto = ["logits"] if row.exam else ["text", "logits", *([] if config.raw else ["loss"])]
     ways = dict.fromkeys(one for way in config.score for one in (auto if way == "auto" else [way]))
     if not row.options:
         ways = dict.fromkeys(["generate", *(way for way in ways if way == "loss")])
@@ -75,6 +76,8 @@ def answer(
 def judge(row: Row, outcome: Outcome) -> Outcome:
     """The outcome with the prediction that it speaks for, "" if none, and whether it is right, None if nobody knows."""
     if "nll" in outcome:
+        if not math.isfinite(outcome["nll"]):
+            raise FloatingPointError(f"the loss of an answer is {outcome['nll']}, the model's weights are damaged")
         return outcome
     reply = outcome.get("reply")
     if not row.options:

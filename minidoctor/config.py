@@ -205,7 +205,7 @@ class EvalConfig:
     prompt: str = flag("auto", "own, cmb, cmmlu, cmexam, huatuo or a file (auto: the benchmark's own)")
     shots: int = flag(0, "solved questions in front of each, from --dev")
     raw: bool = flag(False, "put the prompt as text to go on with, without a chat format")
-    batch_size: int = flag(16, "most questions computed at once; it does not change any answer")
+    batch_size: int = flag(16, "most questions computed at once; in float32 it does not change any answer")
     max_new_tokens: int = flag(64, "longest written answer in tokens (more for a model that reasons first)")
 
     def __post_init__(self) -> None:
@@ -214,6 +214,7 @@ class EvalConfig:
         for way in self.score:
             check(way in (*WAYS, "auto"), f"score must be of auto, {', '.join(WAYS)}, got {way!r}")
         check(len(set(self.score)) == len(self.score) > 0, f"score must name each way once, got {self.score}")
+        check(not (self.raw and "loss" in self.score), "the loss is that of a conversation, there is none with --raw")
         check(self.score[0] != "loss", "the loss alone is no accuracy: score must begin with another way")
 
 

@@ -32,20 +32,20 @@ PROMPTS = {
     # As data.py writes multiple choice in training.
     "own": Prompt("{question}\n{options}", shot="{item}\n{answer}\n\n"),
     # https://github.com/FreedomIntelligence/CMB, workers/base.py. There an option of one character is left out,
-    # here it stays. Shots as its README draws them, the letter alone.
+    # here it stays. Shots as its README draws them, the letter alone, and the first ones, not some drawn at random.
     "cmb": Prompt(
         "以下是中国{exam_type}中{exam_class}考试的一道{question_type}，不需要做任何分析和解释，直接输出答案选项。\n"
         "{question}\n{options}",
         bare="以下是一道{question_type}，不需要做任何分析和解释，直接输出答案选项。\n{question}\n{options}",
         shot="问：{item}\n答：{answer}\n",
     ),
-    # https://github.com/haonan-li/CMMLU, src/mp_utils.py
+    # https://github.com/haonan-li/CMMLU, src/mp_utils.py. Of too many shots the longest goes there, here the last.
     "cmmlu": Prompt(
         "题目：{question}\n{options}\n答案是：",
         head="以下是关于{subject}的单项选择题，请直接给出正确答案的选项。\n\n",
     ),
     # https://github.com/williamliujl/CMExam, src/preprocess/prompt_templates.py: there "答案: " is what the model
-    # has to write first, here it is the end of the prompt, so that the letter comes next.
+    # has to write first, here it is the end of the prompt, so that the letter comes next. It has no form with shots.
     "cmexam": Prompt(
         "问题: {question}, \n 选项: {options}\n答案:", option="{letter} {text}", shot="{item} {answer}\n\n"
     ),
@@ -107,7 +107,9 @@ def read_prompt(path: Path) -> Prompt:
         raise ValueError(
             f"{path}: needs {{question}} and {{options}}, may have {known}: see {', '.join(sorted(wrong))}"
         )
-    return Prompt(item, head + "\n" if line else "")
+    # The solved questions' letters stand where the question's own is scored: see Asker.answer_tokens.
+    space = "\n" if item.endswith("}") else " " if item[-1].isascii() and not item[-1].isspace() else ""
+    return Prompt(item, head + "\n" if line else "", shot="{item}" + space + "{answer}\n\n")
 
 
 def slots_of(row: Row, prompt: Prompt) -> dict[str, str]:
@@ -135,13 +137,16 @@ def item_of(row: Row, prompt: Prompt) -> str:
     raise ValueError(f"question {row.id} has no {min(missing)}, which the prompt asks for")
 
 
-def compose(row: Row, prompt: Prompt, shots: list[Row]) -> tuple[str, str]:
-    """The prompt in two parts: head with the solved questions, and the question."""
+def compose(row: Row, prompt: Prompt, shots: list[Row], raw: bool = False) -> tuple[str, str]:
+    """The prompt in two parts: head with the solved questions, and the question.
+
+    Raw, it ends as if there were shots: the letter must not stand right behind the last option.
+    """
     missing = set(SLOT.findall(prompt.head)) - set(slots_of(row, prompt))
     if missing:
         raise ValueError(f"question {row.id} has no {min(missing)}, which the prompt asks for")
     head = fill(prompt.head, slots_of(row, prompt))
-    if not shots:
+    if not shots and not raw:
         return head, item_of(row, prompt)
     solved = [prompt.shot.replace("{answer}", shot.answer).replace("{item}", item_of(shot, prompt)) for shot in shots]
     asked = prompt.shot.partition("{answer}")[0].rstrip(" ").replace("{item}", item_of(row, prompt))
@@ -184,7 +189,7 @@ class Asker:
             return Question(row, row.question, tokens, "", 0)
         prompt = choose_prompt(name, row)
         while True:
-            head, item = compose(row, prompt, shots)
+            head, item = compose(row, prompt, shots, self.raw)
             tokens = self.tokens(head + item)
             if len(tokens) < limit or not shots:
                 return Question(row, head + item, tokens, head, len(shots))
@@ -202,7 +207,10 @@ class Asker:
         same = 0
         while all(len(ids) > same + 1 and ids[same] == written[0][same] for ids in written):
             same += 1
-        return tokens + written[0][:same], [ids[same:] for ids in written]
+        end = 0  # and what follows every letter is no part of it: the space behind an answer in llama2's format
+        while all(len(ids) > same + end + 1 and ids[-1 - end] == written[0][-1 - end] for ids in written):
+            end += 1
+        return tokens + written[0][:same], [ids[same : len(ids) - end] for ids in written]
 
 
 def choose_shots(row: Row, pool: list[Row], n: int) -> list[Row]:

@@ -6,7 +6,8 @@
     loss       the negative log-likelihood of the right answer
 
 Batches hold questions of like length. What the prompts of a subject have in common at their start (few-shot examples,
-the system message) is computed once. Neither changes a score beyond the last bits of its float32.
+the system message) is computed once. In float32 neither changes a score beyond its last bits; bfloat16 has 8 in all,
+and close scores can change places.
 """
 
 import math

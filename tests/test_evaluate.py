@@ -194,7 +194,7 @@ def test_a_question_longer_than_the_context_is_wrong_and_counted(model, tokenize
 def test_scores_that_are_no_numbers_are_an_error_and_not_the_first_option(model, tokenizer, rows):
     with torch.no_grad():
         model.model.norm.weight[0] = torch.nan
-    for score in (("logits",), ("text",)):
+    for score in (("logits",), ("text",), ("generate", "loss")):
         with pytest.raises(FloatingPointError, match=r"damaged"):
             predict(model, tokenizer, rows[:1], score=score)
 
@@ -529,6 +529,7 @@ def test_rows_that_are_left_out_are_said_and_stored(cmmlu, tmp_path, roomy, monk
         (["--score", "letters"], "score must be of"),
         (["--score", "loss"], "must begin with another way"),
         (["--score", "text,text"], "each way once"),
+        (["--score", "text,loss", "--raw"], "none with --raw"),
         (["--shots", "-1"], "shots must be at least 0"),
         (["--batch-size", "0"], "batch_size must be at least 1"),
         (["--limit", "0"], "limit must be at least 1"),

@@ -1,9 +1,11 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from minidoctor.config import SampleConfig
-from minidoctor.generate import choose, complete, filtered, generate
+from minidoctor.generate import choose, complete, filtered, generate, prefill
 
 PROMPTS = [[1, 40, 300], [1, 7, 350, 12, 90, 33, 200], [1], [1, 5, 5, 5, 5, 5, 60, 310, 20, 250, 11]]
 
@@ -12,9 +14,9 @@ def config_of(n, **settings):
     return SampleConfig(**({"temperature": 0.0, "max_new_tokens": n} | settings))
 
 
-def written(model, prompts, config, stop_ids=()):
+def written(model, prompts, config, stop_ids=(), prefix=None):
     """The tokens of each row; nothing may follow its end."""
-    steps = list(generate(model, prompts, config, stop_ids))
+    steps = list(generate(model, prompts, config, stop_ids, prefix))
     rows = [list(row) for row in zip(*steps, strict=True)] if steps else [[] for _ in prompts]
     given = [[token for token in row if token is not None] for row in rows]
     for row, tokens in zip(rows, given, strict=True):
@@ -90,6 +92,56 @@ def test_an_empty_or_too_long_prompt_is_refused(model):
         written(model, [[1] * limit], config_of(5))
 
 
+PREFIX = [1, 33, 7, 250, 250, 18, 64, 301, 5, 90, 41, 310, 77, 12, 8, 205, 6]
+
+
+@pytest.mark.parametrize("window", [0, 6])
+def test_prompts_that_go_on_from_a_prefill_get_what_whole_prompts_get(adapted, window):
+    """Of different lengths, in batches and alone; with a window, one that ends inside of what was read before."""
+    for layer in adapted.model.layers:
+        layer.self_attn.window = window
+    expected = [plain_greedy(adapted, PREFIX + prompt, 20) for prompt in PROMPTS]
+    assert expected != [plain_greedy(adapted, prompt, 20) for prompt in PROMPTS]
+    assert written(adapted, PROMPTS, config_of(20), prefix=prefill(adapted, PREFIX)) == expected
+    for prompt, tokens in zip(PROMPTS, expected, strict=True):
+        assert written(adapted, [prompt], config_of(20), prefix=prefill(adapted, PREFIX)) == [tokens]
+
+
+def test_drawn_tokens_after_a_prefill_are_those_after_whole_prompts(model):
+    """Also of a prefix of one token, the shortest."""
+    for n in (1, len(PREFIX)):
+        config = config_of(20, temperature=1.0, seed=7)
+        whole = written(model, [PREFIX[:n] + prompt for prompt in PROMPTS], config)
+        assert written(model, PROMPTS, config, prefix=prefill(model, PREFIX[:n])) == whole
+
+
+def test_a_prefix_is_not_changed_by_those_that_go_on_from_it(adapted):
+    prefix = prefill(adapted, PREFIX)
+    keys, values = prefix.keys.clone(), prefix.values.clone()
+    first = written(adapted, PROMPTS, config_of(20), prefix=prefix)
+    assert written(adapted, PROMPTS[::-1], config_of(20), prefix=prefix) == first[::-1]
+    assert (prefix.length, prefix.keys.shape[1]) == (len(PREFIX), 1)
+    assert torch.equal(prefix.keys, keys)
+    assert torch.equal(prefix.values, values)
+    whole = prefill(adapted, PREFIX + PROMPTS[1])  # it holds what a longer one holds at its start
+    torch.testing.assert_close(whole.keys[:, :, :, : len(PREFIX)], keys)
+    torch.testing.assert_close(whole.values[:, :, :, : len(PREFIX)], values)
+
+
+def test_the_context_limit_counts_the_prefix(model):
+    n = len(PREFIX)
+    for room in (1, 5):
+        model.config = replace(model.config, max_seq_len=n + len(PROMPTS[1]) + room)
+        tokens = written(model, [PROMPTS[1]], config_of(20), prefix=prefill(model, PREFIX))[0]
+        assert tokens == plain_greedy(model, PREFIX + PROMPTS[1], room)
+    model.config = replace(model.config, max_seq_len=n + len(PROMPTS[1]))
+    message = f"the prompt has {n + len(PROMPTS[1])} tokens, the model reads at most {n + len(PROMPTS[1])}"
+    with pytest.raises(ValueError, match=message):
+        written(model, PROMPTS[:2], config_of(20), prefix=prefill(model, PREFIX))
+    with pytest.raises(ValueError, match="at least one token"):
+        written(model, [[]], config_of(20), prefix=prefill(model, PREFIX))
+
+
 def plain_probabilities(logits, temperature, top_k, top_p):
     """One row in numpy: the probabilities after temperature, then top-k, then top-p."""
     logits = logits.astype(np.float64) / temperature
@@ -149,3 +201,6 @@ def test_complete_decodes_whole_answers(model, tokenizer):
     prompts = [tokenizer.chat([{"role": "user", "content": text}]) for text in ("gout?", "哮喘的症状？")]
     expected = [tokenizer.decode(plain_greedy(model, prompt, 12, tokenizer.eos_ids)) for prompt in prompts]
     assert complete(model, tokenizer, prompts, config_of(12)) == expected
+    start = min(len(prompt) for prompt in prompts) - 1
+    for prompt, text in zip(prompts, expected, strict=True):
+        assert complete(model, tokenizer, [prompt[start:]], config_of(12), prefill(model, prompt[:start])) == [text]
