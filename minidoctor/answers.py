@@ -64,9 +64,10 @@ def answer(
             for k, outcomes in SCORERS[way](model, asker, [questions[i] for i in indices], config):
                 i, row = indices[k], questions[indices[k]].row
                 found[i] |= {name: judge(row, outcome) for name, outcome in outcomes.items()}
-                done, right[way] = done + 1, right[way] + bool(found[i][way].get("correct"))
+                correct = found[i][way].get("correct")
+                done, right[way] = done + (correct is not None), right[way] + bool(correct)
                 progress.update()
-                if way != "loss":
+                if done:
                     progress.set_postfix_str(f"{way} {right[way] / done:.1%}", refresh=False)
                 if time.monotonic() - saved > SAVE_EVERY:
                     save()
@@ -138,6 +139,8 @@ def result_of(questions: list[Question], config: EvalConfig, found: list[Found])
 def put_questions(
     asker: Asker, rows: list[Row], pool: list[Row], config: EvalConfig, limit: int, show_progress: bool = True
 ) -> list[Question]:
+    if "generate" in config.score:
+        limit = max(1, limit - config.max_new_tokens)  # room for the answer counts more than another shot
     bar = tqdm(rows, desc="prompts", leave=False, disable=not show_progress, delay=2)
     return [asker.put(row, config.prompt, choose_shots(row, pool, config.shots), limit) for row in bar]
 

@@ -17,11 +17,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from minidoctor.answers import Found, answer, known_from, prediction_of, put_questions, result_of
+from minidoctor.answers import Found, answer, known_from, prediction_of, put_questions, result_of, sha256
 from minidoctor.checkpoint import load
 from minidoctor.config import EvalConfig, add_flags, choose_device, choose_dtype, from_flags, run
 from minidoctor.data import Row
-from minidoctor.exams import files_of, read_questions
+from minidoctor.exams import Questions, files_of, read_questions
 from minidoctor.files import read_object, write_json
 from minidoctor.prompts import Asker, Question
 from minidoctor.results import compare, percent, table
@@ -30,70 +30,94 @@ from minidoctor.weights import fingerprint
 
 RULES = {
     "single": "the best score, of equal ones the first option",
-    "several": "each letter whose score is at least the mean of the question's scores",
+    "several": "each letter whose score is at least the mean of the question's scores; which questions these are says "
+    "the benchmark, in CMExam and in files of one's own the number of letters in the answer",
+    "text": "of the bare question: without prompt, options and shots",
     "generate": "letters.py; what it cannot read is unanswered and wrong",
 }
 
 
 def submission_of(questions: list[Question], found: list[Found], config: EvalConfig) -> list[dict[str, Any]]:
     """CMB's official form: `[{"id": 1, "model_answer": "C"}, ...]`. Raises ValueError if a question is not CMB's."""
-    if other := [one.row.id for one in questions if one.row.exam != "cmb"]:
-        raise ValueError(f"--submission is for CMB's test questions; question {other[0]} is none of them")
+    if other := [one.row.id for one in questions if one.row.exam != "cmb" or not one.row.id.isdecimal()]:
+        raise ValueError(f"--submission is for CMB's test questions, which have numbers; question {other[0]} has none")
     answers = [prediction_of(one, config, known)["prediction"] for one, known in zip(questions, found, strict=True)]
-    ids = [int(one.row.id) if one.row.id.isdecimal() else one.row.id for one in questions]
-    return [{"id": i, "model_answer": answer or ""} for i, answer in zip(ids, answers, strict=True)]
+    return [
+        {"id": int(one.row.id), "model_answer": answer or ""} for one, answer in zip(questions, answers, strict=True)
+    ]
 
 
 def read_data(given: argparse.Namespace) -> tuple[list[Row], list[dict[str, Any]]]:
     """The rows of all files, and what is to be said of each file. Raises FileNotFoundError or ValueError."""
-    if given.answers and len(given.data) > 1:
+    paths = [file for path in given.data for file in files_of(Path(path))]
+    if given.answers and len(paths) > 1:
         raise ValueError("--answers belongs to the questions of CMB: give their file alone")
     rows: list[Row] = []
     files = []
-    for path in given.data:
+    for path in paths:
         questions = read_questions(path, given.answers)
         rows += questions.rows[: given.limit]
-        digest = hashlib.sha256()
-        for file in (*files_of(Path(path)), *filter(None, [given.answers])):
-            digest.update(Path(file).read_bytes())
-        named = {"file": Path(path).name, "sha256": digest.hexdigest()}
-        files.append({**named, "questions": len(questions.rows), "left_out": questions.odd})
+        files.append(described(path, questions, given.answers))
     return rows, files
 
 
-def read_pool(given: argparse.Namespace, shots: int) -> list[Row]:
+def described(path: Path, questions: Questions, answers: str | None = None) -> dict[str, Any]:
+    digest = hashlib.sha256(path.read_bytes())
+    if answers:
+        digest.update(Path(answers).read_bytes())
+    return {"file": path.name, "sha256": digest.hexdigest(), "questions": len(questions.rows), "odd": questions.odd}
+
+
+def read_pool(given: argparse.Namespace, shots: int) -> tuple[list[Row], list[dict[str, Any]]]:
     """Solved questions for --shots: from --dev, or from dev/ beside the questions' directory, as CMMLU has it."""
     if not shots:
-        return []
-    paths = [Path(path) for path in given.dev or ()]
-    for path in [] if paths else map(Path, given.data):
-        near = path.parent / "dev" if path.is_dir() else path.parent.parent / "dev" / path.name
-        paths += [one for one in (near, path.with_stem("dev")) if one.exists() and one != path][:1]
+        return [], []
+    paths = [file for path in given.dev or () for file in files_of(Path(path))]
+    if not paths:
+        for file in [file for path in given.data for file in files_of(Path(path))]:
+            near = (file.parent.parent / "dev" / file.name, file.with_stem("dev"))
+            paths += [one for one in near if one.exists() and one != file][:1]
     if not paths:
         raise ValueError(f"--shots {shots}: no solved questions beside {given.data[0]}; --dev FILE says where they are")
-    return [row for path in paths for row in read_questions(path).rows]
+    read = [(path, read_questions(path)) for path in paths]
+    return [row for _, questions in read for row in questions.rows], [described(*one) for one in read]
 
 
-def resumed(path: Path, protocol: dict[str, Any]) -> list[Found]:
+def resumed(path: Path, protocol: dict[str, Any], questions: list[Question]) -> list[Found]:
     """What an unfinished result knows. Raises FileNotFoundError or ValueError if it is of another evaluation."""
     if not path.is_file():
         raise FileNotFoundError(f"--resume: there is no {path} to go on with")
     before = read_object(path)
-    for key, value in protocol.items():
-        if before.get("protocol", {}).get(key) != value:
-            raise ValueError(f"--resume: {path} was made with another {key}")
-    return [known_from(prediction) for prediction in before["predictions"]]
+    try:
+        for key, value in protocol.items():
+            if contents(before["protocol"][key]) != contents(value):
+                raise ValueError(f"--resume: {path} was made with other {key}: {before['protocol'][key]!r:.80}")
+        if [p["prompt_sha256"] for p in before["predictions"]] != [sha256(one.text) for one in questions]:
+            raise ValueError(f"--resume: {path} was made with other prompts: the file of --prompt or --dev has changed")
+        return [known_from(prediction) for prediction in before["predictions"]]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: no result of this program ({error!r:.60})") from None
+
+
+def contents(value: Any) -> Any:
+    """Of files only what is in them, wherever they are read from."""
+    return [one["sha256"] for one in value] if isinstance(value, list) and value and "sha256" in value[0] else value
 
 
 def comparison(a: str, b: str) -> str:
     """Two result files, paired, for people. Raises FileNotFoundError or ValueError."""
     first, second = (read_object(Path(path)) for path in (a, b))
+    for path, result in ((a, first), (b, second)):
+        if result.get("complete") is False:
+            raise ValueError(
+                f"{path}: an unfinished evaluation, of the longest questions only; --resume goes on with it"
+            )
     try:
         of = compare(first["predictions"], second["predictions"])
         protocols = [result.get("protocol", {}) for result in (first, second)]
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{a} and {b}: not two results of this program ({error!r:.60})") from None
-    keys = [key for key in protocols[0] if protocols[0][key] != protocols[1].get(key) and key != "first_prompt"]
+    keys = [key for key in protocols[0] if protocols[0][key] != protocols[1].get(key) and key != "first_prompts"]
     return (
         f"a  {a}: {percent(of['a'])}\nb  {b}: {percent(of['b'])}\n"
         f"b - a: {of['difference']:+.1%}, 95 % interval {of['interval'][0]:+.1%} to {of['interval'][1]:+.1%}, "
@@ -132,6 +156,8 @@ def main() -> None:
             raise ValueError(f"--{name} {path}: must be a file in a directory that exists")
     if given.limit is not None and given.limit < 1:
         raise ValueError(f"--limit must be at least 1, got {given.limit}")
+    if given.submission and given.limit:
+        raise ValueError("--submission needs all questions: not with --limit")
     if given.resume and not given.out:
         raise ValueError("--resume needs the --out to go on with")
     examine(given, config)
@@ -142,7 +168,7 @@ def examine(given: argparse.Namespace, config: EvalConfig) -> None:
     device = choose_device(given.device)
     dtype = choose_dtype(given.dtype, device)
     rows, files = read_data(given)
-    pool = read_pool(given, config.shots)
+    pool, dev = read_pool(given, config.shots)
     model, tokenizer = load(given.base, given.adapter, dtype, device, given.chat_format, chats=not config.raw)
     asker = Asker(tokenizer, config.raw)
     questions = put_questions(asker, rows, pool, config, model.config.max_seq_len)
@@ -153,15 +179,16 @@ def examine(given: argparse.Namespace, config: EvalConfig) -> None:
         "dtype": str(dtype).removeprefix("torch."),
         "chat_format": "raw" if config.raw else tokenizer.chat_format,
         "files": files,
+        "dev": dev,
         "limit": given.limit,
         **{name: value for name, value in json_of(config).items() if name not in ("batch_size", "raw")},
         "rules": RULES,
-        "first_prompt": questions[0].text,
+        "first_prompts": {one.row.exam or "own": one.text for one in reversed(questions)},  # of each benchmark
     }
     out = Path(given.out) if given.out else None
     found: list[Found] = [{} for _ in rows]
     if out and given.resume:
-        found = resumed(out, protocol)
+        found = resumed(out, protocol, questions)
     elif out and out.exists() and read_object(out).get("complete") is False:
         raise ValueError(f"{out}: an unfinished evaluation; --resume goes on with it, another --out starts a new one")
 
@@ -172,21 +199,24 @@ def examine(given: argparse.Namespace, config: EvalConfig) -> None:
         if out:
             write_json(out, result(complete=False))
 
-    print(f"{given.base}: {tokenizer.note}\nfor teaching and measuring, not medical advice", file=sys.stderr)
-    print(f"the first prompt:\n{printable(questions[0].text)}\n")
+    print(f"{given.base}: {tokenizer.note}", file=sys.stderr)
+    print("For teaching and measuring. What a model answers is not medical advice.")
+    for exam, text in protocol["first_prompts"].items():
+        print(f"the first prompt ({exam}):\n{printable(text)}\n")
+    save()  # that it can be written is to be known before hours of work
     try:
         answer(model, asker, questions, config, found, save=save)
     except KeyboardInterrupt:
+        print(f"{table(result(complete=False)['summary'])}\nof what was done, which is the longest questions; stopped")
         save()
-        print(f"{table(result(complete=False)['summary'])}\nof what was done; stopped")
         if out:
             print(f"go on with: the same command and --resume ({out})")
         raise
     finished = result(complete=True)
     print(table(finished["summary"]))
-    for file in files:
-        print(f"{file['file']}: {file['questions']} questions, {len(file['left_out'])} rows left out")
-        print("".join(f"    {line}\n" for line in file["left_out"][:10]), end="")
+    for file in (*files, *dev):
+        print(f"{file['file']}: {file['questions']} questions, {len(file['odd'])} odd")
+        print("".join(f"    {line}\n" for line in file["odd"][:10]), end="")
     if out:
         write_json(out, finished)
         print(f"every prediction: {out}")

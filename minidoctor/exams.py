@@ -6,7 +6,8 @@
              the test questions have no answers; they are in a second file, by id
     own      JSON lines, as data.py reads them
 
-A row that is none of these is left out and said: every reader returns what it left out, with file and line.
+A row of a benchmark that cannot be used is left out and said, with file and line; one's own file is refused for it.
+CMExam does not say which questions have several right letters: the number of letters in its answer does.
 
 CMB: https://arxiv.org/abs/2308.08833. CMExam: https://arxiv.org/abs/2306.03030. CMMLU: https://arxiv.org/abs/2306.09212.
 """
@@ -30,7 +31,7 @@ SUFFIXES = (".csv", ".json", ".jsonl")
 
 class Questions(NamedTuple):
     rows: list[Row]
-    odd: list[str]  # "file:line: why" of each row that was left out
+    odd: list[str]  # "file:line: why" of each row that was left out, and answers without a question
 
 
 def read_questions(path: str | Path, answers: str | Path | None = None) -> Questions:
@@ -98,7 +99,7 @@ def read_file(path: Path, answers: dict[str, dict[str, Any]]) -> Questions:
         except ValueError as error:
             odd.append(f"{path}:{line}: {error}")
     if not rows:
-        raise ValueError(f"{path}: no questions" + (f"; the first row: {odd[0]}" if odd else ""))
+        raise ValueError(odd[0] if odd else f"{path}: no questions")
     return Questions(rows, odd)
 
 
@@ -201,7 +202,8 @@ def exam_row(
     letters = "".join(sorted(answer.strip()))
     parse_options(options, answer.strip())
     messages = conversation(*multiple_choice(question, options, letters))
-    several = "多" in more.get("about", {}).get("question_type", "") or len(letters) > 1
+    kind = more.get("about", {}).get("question_type")  # where the benchmark says it, the answer has no say
+    several = "多" in kind if kind else len(letters) > 1
     return Row(
         id=row_id,
         messages=messages if letters else messages[:1],

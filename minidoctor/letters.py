@@ -7,7 +7,8 @@ Strict: what these rules do not read is unanswered, there is no default letter. 
 1. The last statement of the answer ("答案是", "故选", "the answer is", "I choose"), with letters or one option's text.
 2. The reply begins with letters that punctuation follows, or with options restated ("A. text"), or is one's text.
 
-All options in a row are the question repeated, and an option's letter with another's text is no answer.
+All options restated are the question repeated ("ABCDE" alone is an answer), and an option's letter with another's text
+is none.
 """
 
 import re
@@ -20,13 +21,15 @@ STATEMENT = re.compile(
     r"(?:(?<!错误)(?<!错误的)答案|(?<!不)正确的(?:选项)?|(?<!不)正确选项|最佳选择)(?:应该|应当|应)?[是为:]{0,2}"
     r"(?:选(?=\s?[A-Z]))?"
     # Not every 选: 首选 and 可选 speak of treatments, 不选 and 若选 of what is not chosen.
-    r"|(?:^|(?<=[\s,.;:。应故题此以我则]))(?<!不.)选(?:择|:)?"
+    r"|(?:^|(?<=[\s,.;:。应该故题此以我则]))(?<!不.)选(?:择|:)?"
     r"|(?i:(?<!wrong )(?<!incorrect )(?<!not the )\banswers?\b|\b(?:correct|right|best|final|my) (?:option|choice)\b)"
     r"[^.:?\n]{0,40}?(?::|$|\b(?:is|are|be)\b)"
     r"|(?i:(?<!if )\b(?:i|i'd|would|will|therefore,?|so) (?:choose|select|pick|go with)\b)|\\boxed",
     re.MULTILINE,
 )
-FILLER = re.compile(r"\)?(?:-\s)?[^\w.?!;。,、)-]*(?:(?i:most likely|options?|both)\b|选?项)?[^\w.?!;。,、)-]*")
+FILLER = re.compile(
+    r"\)?(?:-\s)?[^\w.?!;。,、)-]*(?:(?i:(?:most )?likely|probably|definitely|options?|both)\b|选?项)?[^\w.?!;。,、)-]*"
+)
 COMMA = r",\s?(?:and\s)?(?=\(?[A-Za-z]\)?(?:$|\s?[,、.;。)和及与都均两三\n]|\sand\b))"  # not in "C, A is wrong"
 AND = rf"(?:{COMMA}|\s?[、/&]\s?|\sand\s|\s?[和及与]\s?| |\n(?=[A-Z](?:\n|$)))"
 LETTER = r"\(?[A-Z](?![A-Za-z0-9])\)?"
@@ -37,6 +40,7 @@ WRONG = r"(?![.、:)\s]{0,3}(?:选?项)?[:\s是都均]*(?i:is|are)?\s?(?:错|不
 END = r"$|\n|[;。(]|,(?!\s?[A-Z]\s?(?:[,、或和]|or\b|and\b))|[.:、)](?!\w\.)|-\s|因|(?i:because|since)\b"
 STOP = re.compile(rf"{WRONG}(?:(?<=\))|\s?(?:{END}|[选两三]?项(?!\s?[:是有为])))")
 CORRECT = re.compile(r"(?:选?项)?(?:[是都]|\s(?:is|are)\s)*(?:the )?(?:正确|对|correct)(?: answer)?(?=$|[\s.。,;(因])")
+BETWEEN = re.compile(r"[ \n.,;。、)]*")  # two restated options
 NAMED = re.compile(r"\(?([A-Za-z])(?![A-Za-z0-9])[.、:)\s]*")  # in front of its option's text
 
 
@@ -71,7 +75,7 @@ def letters_at(text: str, start: int, texts: dict[str, str]) -> str | None:
         if option != name[1].upper():
             return ""  # "B. asthma" where asthma is C
         restated, at = restated + option, name.end() + len(texts[option])
-        at += len(text[at : at + 20]) - len(text[at : at + 20].lstrip(" \n.,;。、)"))
+        at = BETWEEN.match(text, at).end()  # type: ignore[union-attr]  # it matches the empty text
     if restated:
         everything = len(restated) > 1 and set(restated) == set(texts)
         return None if everything or goes_on(text[at - 1 :], restated, texts) else restated

@@ -116,8 +116,7 @@ def slots_of(row: Row, prompt: Prompt) -> dict[str, str]:
     """What the row can say of each slot."""
     options = [prompt.option.format(letter=letter, text=text) for letter, text in row.options.items()]
     own = {"question": row.question, "options": "\n".join(options), **row.about}
-    kind = "多项选择题" if row.several else "单项选择题"
-    known = {"question_type": kind} if row.exam == "cmb" else {}
+    known = {"question_type": "选择题"} if row.exam == "cmb" else {}  # never what the answer shows
     subject = SUBJECTS.get(row.topic, row.topic)
     return known | ({"subject": subject} if subject else {}) | own
 

@@ -1,9 +1,9 @@
 """From single answers to figures: accuracies with their intervals, the floors, tables, and two results compared.
 
-Everything here is computed from the rows of a result file alone, so that each figure in one can be checked from it.
+All figures are computed from the rows of a result file alone, so that each can be checked from it.
 
     accuracy    exact match: all the right letters and no other; what could not be read or scored is wrong
-    interval    95 %, percentile bootstrap over questions
+    interval    95 %, percentile bootstrap over questions; it has no width where all are right or all are wrong
     floors      what needs no model: chance, always the most frequent answer, always the longest option
 """
 
@@ -77,6 +77,7 @@ def summarize(predictions: list[Prediction]) -> dict[str, Any]:
         **of_way(choice, None),
         "floors": floors(choice),
         "also": {way: of_way(choice, way) for way in ways},
+        "shots": {str(n): count for n, count in sorted(Counter(p["shots"] for p in choice).items())},
         "too_long": sum(p.get("too_long", False) for p in done),
         "without_answer": sum(p["correct"] is None for p in done),
         "nll": sum(p["nll"] for p in losses) / sum(p["n_tokens"] for p in losses) if losses else None,
@@ -101,9 +102,11 @@ def full_summary(predictions: list[Prediction]) -> dict[str, Any]:
     for exam, rows in split([p for p in predictions if p["exam"]], lambda p: p["exam"]).items():
         of_exam = summarize(rows)
         marked = [p for p in rows if p["correct"] is not None and p.get(PART_OF.get(exam, ""))]
-        parts = {name: of_way(part, None) for name, part in split(marked, lambda p: p[PART_OF[p["exam"]]]).items()}
-        counts = [(sum(p["correct"] for p in part), len(part)) for part in split(marked, part_name).values()]
+        of_part = split(marked, part_name)
+        parts = {name: of_way(part, None) for name, part in of_part.items()}
+        counts = [(sum(p["correct"] for p in part), len(part)) for part in of_part.values()]
         mean = sum(right / n for right, n in counts) / len(counts) if counts else None
+        of_exam["subjects"] = {name: of_way(part, None) for name, part in split(rows, lambda p: p["subject"]).items()}
         of_exam["parts"] = parts
         of_exam["mean_of_parts"] = {"accuracy": mean, "n": len(counts), "interval": interval(counts)}
         summary["exams"][exam] = of_exam
@@ -119,42 +122,50 @@ def percent(share: float | None) -> str:
 
 
 def line(name: str, scoring: str, of: dict[str, Any]) -> str:
-    bounds = of["interval"]
-    between = f"{bounds[0]:.1%} - {bounds[1]:.1%}" if bounds else ""
-    several = of.get("several", {"n": 0})
-    exact = f"{percent(several['accuracy'])} of {several['n']}" if several["n"] else ""
+    low, high = of["interval"] or (0.0, 0.0)
+    between = f"{low:.1%} - {high:.1%}" if low < high else ""
     unanswered = of.get("unanswered") or ""
-    return f"{name:32}{scoring:20}{percent(of['accuracy']):>8}  {between:17}{of['n']:>6}  {exact:>16}{unanswered:>12}"
+    return f"{name:32}{scoring:20}{percent(of['accuracy']):>8}  {between:17}{of['n']:>6}{unanswered:>12}".rstrip()
 
 
 def table(summary: dict[str, Any]) -> str:
     """The summary for people."""
-    titles = f"{'':32}{'scored by':20}{'right':>8}  {'95 % interval':17}{'n':>6}"
-    lines = [f"{titles}  {'several letters':>16}{'unanswered':>12}"]
+    titles = f"{'':32}{'scored by':20}{'right':>8}  {'95 % interval':17}{'n':>6}{'unanswered':>12}"
+    lines = [titles]
 
-    def group(name: str, of: dict[str, Any]) -> None:
+    def group(name: str, of: dict[str, Any], with_floors: bool) -> None:
         if of["n"]:
-            lines.append(line(name, of["scoring"], of).rstrip())
-            lines.extend(line("", way, also).rstrip() for way, also in of["also"].items())
+            lines.append(line(name, of["scoring"], of))
+            if of["several"]["n"]:
+                lines.append(line("  one right letter", of["scoring"], of["single"]))
+                lines.append(line("  several right letters", of["scoring"], of["several"]))
+            lines.extend(line("", way, also) for way, also in of["also"].items())
         if of["n_open"]:
             lines.append(f"{name:32}{'open, contains':20}{percent(of['open_accuracy']):>8}  {'':17}{of['n_open']:>6}")
         if of["nll"] is not None:
             lines.append(f"{'' if of['n'] or of['n_open'] else name:32}{'loss':20}{of['nll']:>8.3f}  nats per token")
+        if of["n"] and with_floors:
+            names = {"random": "chance", "most_frequent": "always the most frequent answer"}
+            names["longest_option"] = "always the longest option"
+            lines.append(
+                "  floors: " + ", ".join(f"{text} {percent(of['floors'][key])}" for key, text in names.items())
+            )
 
-    group("all", summary)
+    group("all", summary, with_floors=True)
     for name, of in summary["languages"].items():
         if len(summary["languages"]) > 1:
-            group(name, of)
+            group(name, of, with_floors=False)
     for name, of in summary["exams"].items():
         if len(summary["exams"]) > 1 or summary["n"] != of["n"]:
-            group(name, of)
-        lines += [line(f"  {part}", of["scoring"], figure).rstrip() for part, figure in of["parts"].items()]
+            group(name, of, with_floors=True)
+        lines += [line(f"  {part}", of["scoring"], figure) for part, figure in of["parts"].items()]
         if len(of["parts"]) > 1:
-            lines.append(line("  mean of these", of["scoring"], of["mean_of_parts"]).rstrip())
-    if summary["n"]:
-        names = {"random": "chance", "most_frequent": "always the most frequent answer"}
-        names["longest_option"] = "always the longest option"
-        lines.append("floors: " + ", ".join(f"{name} {percent(summary['floors'][key])}" for key, name in names.items()))
+            lines.append(
+                line("  mean of these", of["scoring"], of["mean_of_parts"] | {"n": summary["exams"][name]["n"]})
+            )
+    if len(summary["shots"]) > 1:
+        told = ", ".join(f"{n} in {count} questions" for n, count in summary["shots"].items())
+        lines.append(f"solved questions in the prompt: {told}")
     if summary["too_long"]:
         lines.append(f"{summary['too_long']} questions are longer than the model's context: unanswered")
     if summary["without_answer"]:

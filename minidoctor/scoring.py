@@ -6,11 +6,12 @@
     loss       the negative log-likelihood of the right answer
 
 Batches hold questions of like length. What the prompts of a subject have in common at their start (few-shot examples,
-the system message) is computed once. In float32 neither changes a score beyond its last bits; bfloat16 has 8 in all,
-and close scores can change places.
+the system message) is computed once. In float32 that moves a score by less than TIE; bfloat16 has 8 bits in all, and
+close scores can change places.
 """
 
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -30,6 +31,8 @@ WORTH_SHARING = 16  # tokens: with fewer in common, a cache costs more than it s
 # Nats. Scores that differ by less are the same. Batches and the shared start move a score by up to 3e-5 (SmolLM2-135M
 # in float32, 120 questions, 2026-11-24), so that equal scores would be decided by them.
 TIE = 1e-4
+# Where nothing ends its answer, a base goes on with questions of its own and answers these: raw, cut before them.
+AGAIN = re.compile(r"\n\s*\n|\n(?:题目|问题?|Question)\s*[:：]")
 
 
 class Wanted(NamedTuple):
@@ -163,7 +166,8 @@ def by_writing(model: Model, asker: Asker, questions: list[Question], config: Ev
     for indices, start, prefix in batches(model, wanted, config.batch_size):
         prompts = [wanted[k].tokens[start:] for k in indices]
         for k, reply in zip(indices, complete(model, asker.tokenizer, prompts, sampling, prefix), strict=True):
-            yield fits[k], {"generate": {"scores": {}, "reply": reply}}
+            answer = AGAIN.split(reply.lstrip(), maxsplit=1)[0] if asker.raw else reply
+            yield fits[k], {"generate": {"scores": {}, "reply": answer}}
 
 
 @torch.inference_mode()

@@ -332,7 +332,7 @@ def test_the_program_prints_a_table_and_writes_every_prediction(
     rows = [row for file in files for row in read_rows(file)]
     expected = evaluate(adapted, tokenizer, rows, show_progress=False)
     assert {key: result[key] for key in expected} == expected
-    assert result["protocol"]["first_prompt"] == rows[0].messages[0]["content"]
+    assert next(iter(result["protocol"]["first_prompts"].values())) == rows[0].messages[0]["content"]
     printed = capsys.readouterr().out
     assert rows[0].messages[0]["content"] in printed
     named = [line.split()[0] for line in printed.splitlines() if re.match("(all|en|zh) ", line)]
@@ -385,7 +385,7 @@ def test_a_stopped_evaluation_goes_on_where_it_was(way, after, tmp_path, base_di
     assert "--resume" in capsys.readouterr().out
     with pytest.raises(ValueError, match="unfinished"):
         call(monkeypatch, *words, "--out", out)
-    with pytest.raises(ValueError, match="made with another prompt"):
+    with pytest.raises(ValueError, match="made with other prompt"):
         call(monkeypatch, *words, "--prompt", "huatuo", "--out", out, "--resume")
     done = sum(way in known_from(p) for p in part["predictions"])
     assert done == after
@@ -440,7 +440,7 @@ def test_solved_questions_are_found_in_dev_and_stand_in_the_prompt(cmmlu, tmp_pa
     out = tmp_path / "p.json"
     call(monkeypatch, "--base", roomy, "--data", cmmlu, "--shots", "1", "--out", out)
     result = json.loads(out.read_text())
-    prompt = result["protocol"]["first_prompt"]
+    prompt = next(iter(result["protocol"]["first_prompts"].values()))
     assert prompt.startswith("以下是关于解剖学的单项选择题，请直接给出正确答案的选项。\n\n题目：痛风的主要检查是")
     assert prompt.endswith("答案是：A\n\n题目：痛风的关键检查是\nA. 尿酸\nB. 关节液\nC. 夜间咳嗽\nD. 风湿科\n答案是：")
     assert prompt in capsys.readouterr().out
@@ -455,7 +455,7 @@ def test_a_prompt_of_ones_own_and_its_hash(cmmlu, tmp_path, roomy, monkeypatch):
         prompt.write_text(text, encoding="utf-8")
         call(monkeypatch, "--base", roomy, "--data", cmmlu, "--prompt", prompt, "--out", out, "--raw")
         result = json.loads(out.read_text())
-        assert result["protocol"]["first_prompt"] == text.format(
+        assert next(iter(result["protocol"]["first_prompts"].values())) == text.format(
             question="痛风的关键检查是", options="A. 尿酸\nB. 关节液\nC. 夜间咳嗽\nD. 风湿科"
         )
         hashes += [p["prompt_sha256"] for p in result["predictions"]]
@@ -515,11 +515,11 @@ def test_rows_that_are_left_out_are_said_and_stored(cmmlu, tmp_path, roomy, monk
     out = tmp_path / "p.json"
     call(monkeypatch, "--base", roomy, "--data", cmmlu, "--out", out, "--limit", "2")
     (file,) = json.loads(out.read_text())["protocol"]["files"]
-    assert (file["questions"], len(file["left_out"])) == (3, 1)
+    assert (file["questions"], len(file["odd"])) == (3, 1)
     printed = capsys.readouterr().out
     assert "anatomy.csv:5:" in printed
     assert "nan" in printed
-    assert "1 rows left out" in printed
+    assert "3 questions, 1 odd" in printed
     assert len(json.loads(out.read_text())["predictions"]) == 2
 
 

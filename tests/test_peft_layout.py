@@ -329,6 +329,9 @@ def test_evaluate_evaluates_an_adapter_of_peft(monkeypatch, capsys, tmp_path, ro
         capsys.readouterr()
         found.append(json.loads((tmp_path / "o").read_text()))
     assert found[0]["summary"]["nll"] != found[1]["summary"]["nll"]
+    adapters = [result["protocol"].pop("adapter") for result in found]
+    assert adapters[0] is None
+    assert len(set(adapters)) == 3  # other files, the same adapter
     assert found[1] == found[2]
 
 

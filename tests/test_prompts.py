@@ -62,16 +62,16 @@ def test_cmb_is_asked_as_its_repository_asks():
     assert text_of(CMB[1]) == (
         f"以下是中国医师考试中规培结业考试的一道多项选择题，{ending}哮喘的症状有\nA. 喘息\nB. 咳嗽\nC. 脱发"
     )
-    # What says too little of itself is put without it, by what kind its answer is.
-    assert text_of(CMB[2]) == f"以下是一道单项选择题，{ending}肺炎多见于\nA. 肺\nB. 心"
-    assert text_of(CMB[3]) == f"以下是一道多项选择题，{ending}下列正确的是\nA. 甲类\nB. 乙类\nC. 丙类"
+    # What says too little of itself is put without it, and not by what kind its answer is: that would tell.
+    assert text_of(CMB[2]) == f"以下是一道选择题，{ending}肺炎多见于\nA. 肺\nB. 心"
+    assert text_of(CMB[3]) == f"以下是一道选择题，{ending}下列正确的是\nA. 甲类\nB. 乙类\nC. 丙类"
 
 
 def test_cmb_with_shots_is_a_dialogue_of_questions_and_letters():
     assert text_of(CMB[0], shots=[CMB[1], CMB[2]]) == (
         "问：以下是中国医师考试中规培结业考试的一道多项选择题，不需要做任何分析和解释，直接输出答案选项。\n"
         "哮喘的症状有\nA. 喘息\nB. 咳嗽\nC. 脱发\n答：AB\n"
-        "问：以下是一道单项选择题，不需要做任何分析和解释，直接输出答案选项。\n肺炎多见于\nA. 肺\nB. 心\n答：A\n"
+        "问：以下是一道选择题，不需要做任何分析和解释，直接输出答案选项。\n肺炎多见于\nA. 肺\nB. 心\n答：A\n"
         "问：以下是中国医师考试中规培结业考试的一道单项选择题，不需要做任何分析和解释，直接输出答案选项。\n"
         "痛风的关键检查是\nA. 尿酸\nB. 心电图\n答："
     )
@@ -119,7 +119,7 @@ def test_huatuogpt_2_asks_with_the_question_type_or_without():
     """https://github.com/FreedomIntelligence/HuatuoGPT-II, evaluation/eval_qa.py"""
     asked = "请回答下面选择题。\n[单项选择题]痛风的关键检查是\nA. 尿酸\nB. 心电图"
     assert text_of(CMB[0], "huatuo") == asked
-    assert text_of(CMB[2], "huatuo") == "请回答下面选择题。\n[单项选择题]肺炎多见于\nA. 肺\nB. 心"
+    assert text_of(CMB[2], "huatuo") == "请回答下面选择题。\n[选择题]肺炎多见于\nA. 肺\nB. 心"
     bare = "请回答下面选择题。\n哮喘的症状是\nA. 脱发\nB. 喘息"
     assert text_of(CMEXAM[1], "huatuo") == bare
     assert text_of(CMB[0], "huatuo", shots=[CMEXAM[1]]) == f"{bare}\nB\n\n{asked}\n"

@@ -45,6 +45,7 @@ def random_prediction(draw, id, exam="cmb", skill=0.6, several=None, **more):
         "several": several,
         "n_options": len(letters),
         "longest": draw.choice(letters),
+        "shots": draw.choice((0, 0, 5)),
         **part,
     }
     if draw.random() < 0.1:
@@ -150,6 +151,7 @@ def check_summary(of, rows):
         check_way(figures, [(p, p["also"][way]) for p in choice if way in p["also"]])
     assert of["too_long"] == len([p for p in done if "too_long" in p])
     assert of["without_answer"] == len([p for p in done if p["answer"] == ""])
+    assert of["shots"] == {str(n): k for n in (0, 5) if (k := len([p for p in choice if p["shots"] == n]))}
     assert (of["open_accuracy"], of["n_open"]) == plain_figures([(p, p) for p in written])
     nats, tokens = 0.0, 0
     for p in rows:
@@ -191,7 +193,8 @@ def test_the_summary_is_a_function_of_what_the_file_holds():
 def marked(n, right, **more):
     """n questions with four options, the first of them answered rightly."""
     common = {"several": False, "exam": "cmb", "exam_type": TYPES[0], "language": "zh", "n_options": 4}
-    common |= {"id": "1", "scoring": "logits", "answer": "A", "longest": "A", "also": {}, **more}
+    common |= {"id": "1", "scoring": "logits", "answer": "A", "longest": "A", "also": {}, "subject": "", "shots": 0}
+    common |= more
     return [common | {"prediction": "AB"[i >= right], "correct": i < right} for i in range(n)]
 
 
@@ -404,19 +407,22 @@ def test_results_of_other_questions_are_refused():
             compare(*results)
 
 
+BELOW = ("", "one right letter", "several right letters")
+
+
 def rows_named(text, name):
     """Of a table: the lines under a name, up to the next."""
-    found = list(itertools.dropwhile(lambda line: line[:32].strip() != name, text.splitlines()))
-    return list(itertools.takewhile(lambda line: line[:32].strip() in ("", name), found))
+    lines = [line for line in text.splitlines() if not line.startswith("  floors: ")]
+    found = list(itertools.dropwhile(lambda line: line[:32].strip() != name, lines))
+    return list(itertools.takewhile(lambda line: line[:32].strip() in (name, *BELOW), found))
 
 
-def words(of, way=None):
+def words(of, way):
     """What the line of some figures has to say, from left to right."""
-    expected = [way] if way else []
-    expected += [f"{100 * of['accuracy']:.1f}%", *(f"{100 * bound:.1f}%" for bound in of["interval"]), str(of["n"])]
-    if of.get("several", {"n": 0})["n"]:
-        expected += [f"{100 * of['several']['accuracy']:.1f}%", "of", str(of["several"]["n"])]
-    return expected + [str(n) for n in [of.get("unanswered", 0)] if n]
+    low, high = of["interval"]
+    between = [f"{100 * bound:.1f}%" for bound in (low, high)] if low < high else []
+    unanswered = [str(n) for n in [of.get("unanswered", 0)] if n]
+    return [way, f"{100 * of['accuracy']:.1f}%", *between, str(of["n"]), *unanswered]
 
 
 def said(line):
@@ -428,6 +434,8 @@ def check_group(text, name, of):
     expected = []
     if of["n"]:
         expected.append(words(of, of["scoring"]))
+        if of["several"]["n"]:
+            expected += [words(of["single"], of["scoring"]), words(of["several"], of["scoring"])]
         expected += [words(figures, way) for way, figures in of["also"].items() if figures["n"]]
     if of["n_open"]:
         expected.append(["open,", "contains", f"{100 * of['open_accuracy']:.1f}%", str(of["n_open"])])
@@ -453,7 +461,10 @@ def test_the_table_says_what_the_summary_says(seed):
             assert said(rows_named(text, name)[0]) == words(part, of["scoring"])
     means = [said(line) for line in text.splitlines() if "mean of these" in line]
     parted = [of for of in summary["exams"].values() if of["parts"]]
-    assert means == [words(of["mean_of_parts"], of["scoring"]) for of in parted]
+    # Beside the mean of the parts stands how many questions they have together.
+    assert means == [words(of["mean_of_parts"] | {"n": of["n"]}, of["scoring"]) for of in parted]
+    told = ", ".join(f"{n} in {count} questions" for n, count in summary["shots"].items())
+    assert f"solved questions in the prompt: {told}" in text
     chance = {"chance": "random", "always the most frequent answer": "most_frequent"}
     for name, key in (chance | {"always the longest option": "longest_option"}).items():
         assert f"{name} {100 * summary['floors'][key]:.1f}%" in text
@@ -466,9 +477,19 @@ def test_the_table_says_what_the_summary_says(seed):
 def test_the_table_has_no_line_for_what_is_not_there():
     text = table(full_summary(marked(20, 11)))
     lines = text.splitlines()
-    assert [line[:32].strip() for line in lines[:-1]] == ["", "all", TYPES[0]]
-    assert lines[-1].startswith("floors: ")
-    for phrase in ("mean of these", "open", "loss", "context", "known answer", "None", "nan%"):
+    assert [line[:32].strip() for line in lines if "floors" not in line] == ["", "all", TYPES[0]]
+    assert lines[-2].startswith("  floors: ")
+    for phrase in (
+        "solved questions",
+        "right letter",
+        "mean of these",
+        "open",
+        "loss",
+        "context",
+        "known answer",
+        "None",
+        "nan%",
+    ):
         assert phrase not in text
 
 
@@ -480,7 +501,7 @@ def test_the_widest_table_still_fits():
     lines = table(full_summary(rows)).splitlines()
     assert max(map(len, lines)) <= 120
     assert all(len(line) == len(line.rstrip()) for line in lines)
-    assert " ".join(lines[0].split()) == "scored by right 95 % interval n several letters unanswered"
+    assert " ".join(lines[0].split()) == "scored by right 95 % interval n unanswered"
     column = lines[0].index("right") + len("right")
     assert {line[column - 1] for line in lines[1:] if "%" in line and "floors" not in line} == {"%"}
 
