@@ -14,11 +14,12 @@ Shapes: D_in and D_out are the frozen layer's own.
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minidoctor.linear import Linear, product
 
-class LoRAExperts(nn.Linear):
+
+class LoRAExperts(Linear):
     """A frozen linear layer plus E gated low-rank experts. With all gates 0 it is the plain layer.
 
     A subclass, so that the frozen weight keeps the name it has in the pretrained checkpoint.
@@ -40,8 +41,12 @@ class LoRAExperts(nn.Linear):
         """(B, T, D_in) and gates (B, T, E) -> (B, T, D_out). Without gates all experts serve: plain LoRA."""
         # The experts stay in float32 for the optimizer and are used in the dtype of x.
         lora_a, lora_b = self.lora_a.to(x.dtype), self.lora_b.to(x.dtype)
-        hidden = F.linear(x, lora_a)  # (B, T, E*R)
+        rows = x.flatten(0, -2)  # (N, D_in)
+        hidden = product(rows, lora_a)  # (N, E*R)
         if gates is not None:
-            hidden = hidden.unflatten(-1, (-1, self.rank)) * gates.to(x.dtype).unsqueeze(-1)  # (B, T, E, R)
-            hidden = hidden.flatten(-2)  # (B, T, E*R)
-        return F.linear(x, self.weight, self.bias) + self.scale * F.linear(hidden, lora_b)  # (B, T, D_out)
+            gates = gates.flatten(0, -2).to(x.dtype).unsqueeze(-1)  # (N, E, 1)
+            hidden = (hidden.unflatten(-1, (-1, self.rank)) * gates).flatten(-2)  # (N, E*R)
+        # Added in place to the frozen layer's output, which nothing else holds: written apart and added, the wide
+        # result would cross the memory four more times.
+        y = super().forward(rows).addmm_(hidden, lora_b.T, alpha=self.scale)  # (N, D_out)
+        return y.unflatten(0, x.shape[:-1])  # (B, T, D_out)
