@@ -14,12 +14,14 @@ GQA: https://arxiv.org/abs/2305.13245. SwiGLU: https://arxiv.org/abs/2002.05202.
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minidoctor.config import TARGETS, AdapterConfig, ModelConfig
+from minidoctor.linear import Linear
 from minidoctor.lora import LoRAExperts
 from minidoctor.router import Router, Routing
 
@@ -33,9 +35,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        x32 = x.float()
-        normed = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * normed.to(x.dtype)
+        return self.weight * F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype)
 
 
 def rotary_frequencies(config: ModelConfig, device: torch.device) -> Tensor:
@@ -57,17 +57,25 @@ def rotary_frequencies(config: ModelConfig, device: torch.device) -> Tensor:
 
 
 def rotary_table(positions: Tensor, frequencies: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosines and sines (B, 1, T, C) of position * frequency: pair i of a head turns by that angle."""
+    """Cosines and signed sines (B, 1, T, C) of position * frequency: pair i of a head turns by that angle."""
     angles = positions[:, None, :, None].float() * frequencies  # (B, 1, T, C/2)
-    angles = torch.cat([angles, angles], dim=-1)  # (B, 1, T, C)
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+    cos, sin = angles.cos(), angles.sin()
+    # The first half of a head's dimensions takes its partner times minus the sine.
+    return torch.cat([cos, cos], dim=-1).to(dtype), torch.cat([-sin, sin], dim=-1).to(dtype)  # (B, 1, T, C)
 
 
 def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
     """(B, H, T, C) -> same. Checkpoints in this layout pair dimension i with i + C/2, not with i + 1."""
     cos, sin = table
-    first, second = x.chunk(2, dim=-1)  # (B, H, T, C/2) each
-    return x * cos + torch.cat([-second, first], dim=-1) * sin
+    return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin
+
+
+class Places(NamedTuple):
+    """Where the tokens stand and what they see: the same for all layers, so made once for all of them."""
+
+    table: tuple[Tensor, Tensor]  # cosines and sines (B, 1, T, C)
+    mask: Tensor | None  # (B, 1, T, S), 0 or -inf; None: all before and itself
+    slots: Tensor | None  # (B, G, T, C), the position of each token in the cache
 
 
 class KVCache:
@@ -81,7 +89,7 @@ class KVCache:
     def __init__(self, config: ModelConfig, batch_size: int, max_seq_len: int, like: Tensor):
         shape = (config.n_layers, batch_size, config.n_kv_heads, max_seq_len, config.head_dim)
         self.keys, self.values = like.new_zeros(shape), like.new_zeros(shape)
-        self.length = 0  # positions in use, of the longest row
+        self.length = 0  # positions that are looked at: those in use, of the longest row
 
     def repeated(self, config: ModelConfig, batch_size: int, max_seq_len: int) -> "KVCache":
         """A cache for rows that all go on from what this one's only row has read."""
@@ -91,20 +99,16 @@ class KVCache:
             new[:, :, :, : self.length] = old[:, :, :, : self.length]
         return cache
 
-    def write(self, layer: int, positions: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Stores (B, G, T, C) at positions (B, T); returns all that is stored for these rows, (B, G, S, C)."""
-        rows = torch.arange(len(positions), device=positions.device)[:, None]  # (B, 1)
-        # Two indices around a slice put the indexed dimensions first: (B, T, G, C).
-        self.keys[layer][rows, :, positions] = keys.transpose(1, 2)
-        self.values[layer][rows, :, positions] = values.transpose(1, 2)
-        stored = (layer, slice(len(positions)), slice(None), slice(self.length))
-        return self.keys[stored], self.values[stored]
+    def layers(self, batch_size: int) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values of the first rows, (B, G, S, C) for each layer: writing to them writes here."""
+        keys, values = (stored[:, :batch_size, :, : self.length] for stored in (self.keys, self.values))
+        return list(zip(keys.unbind(), values.unbind(), strict=True))
 
 
-def linear(d_in: int, d_out: int, name: str, adapter: AdapterConfig | None, bias: bool = False) -> nn.Linear:
+def linear(d_in: int, d_out: int, name: str, adapter: AdapterConfig | None, bias: bool = False) -> Linear:
     if adapter and name in adapter.targets:
         return LoRAExperts(d_in, d_out, adapter.n_experts, adapter.rank, adapter.alpha, bias)
-    return nn.Linear(d_in, d_out, bias)
+    return Linear(d_in, d_out, bias)
 
 
 def router(dim: int, sublayer: str, adapter: AdapterConfig | None) -> Router | None:
@@ -114,7 +118,7 @@ def router(dim: int, sublayer: str, adapter: AdapterConfig | None) -> Router | N
     return None
 
 
-def apply(layer: nn.Linear, x: Tensor, routing: Routing | None) -> Tensor:
+def apply(layer: Linear, x: Tensor, routing: Routing | None) -> Tensor:
     """A linear layer, with the routing's gates if it has experts."""
     return layer(x, routing.gates) if isinstance(layer, LoRAExperts) and routing else layer(x)
 
@@ -122,9 +126,9 @@ def apply(layer: nn.Linear, x: Tensor, routing: Routing | None) -> Tensor:
 class Attention(nn.Module):
     """Each of the H/G query heads of a group attends to the same keys and values."""
 
-    def __init__(self, config: ModelConfig, adapter: AdapterConfig | None, layer: int):
+    def __init__(self, config: ModelConfig, adapter: AdapterConfig | None):
         super().__init__()
-        self.layer, self.head_dim, self.window = layer, config.head_dim, config.window
+        self.head_dim = config.head_dim
         d_q, d_kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
         self.q_proj = linear(config.dim, d_q, "q_proj", adapter, config.qkv_bias)
         self.k_proj = linear(config.dim, d_kv, "k_proj", adapter, config.qkv_bias)
@@ -134,24 +138,18 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
         self.router = router(config.dim, "self_attn", adapter)
 
-    def forward(
-        self, x: Tensor, table: tuple[Tensor, Tensor], positions: Tensor, cache: KVCache | None
-    ) -> tuple[Tensor, Routing | None]:
-        """(B, T, D) -> (B, T, D) and the routing."""
+    def forward(self, x: Tensor, places: Places, stored: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Routing | None]:
+        """(B, T, D) and the layer's stored keys and values -> (B, T, D) and the routing."""
         routing = self.router(x) if self.router else None
         q, k, v = (
             apply(projection, x, routing).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )  # (B, H, T, C), (B, G, T, C), (B, G, T, C)
-        q, k = rotate(self.q_norm(q), table), rotate(self.k_norm(k), table)
-        mask = None
-        if cache:
-            k, v = cache.write(self.layer, positions, k, v)  # (B, G, S, C)
-        if cache or 0 < self.window < x.shape[1]:
-            own, others = positions[:, None, :, None], torch.arange(k.shape[2], device=x.device)
-            mask = own >= others  # (B, 1, T, S)
-            if self.window:
-                mask &= others > own - self.window
+        q, k = rotate(self.q_norm(q), places.table), rotate(self.k_norm(k), places.table)
+        if stored and places.slots is not None:
+            slots = places.slots
+            k, v = (old.scatter_(2, slots, new) for old, new in zip(stored, (k, v), strict=True))  # (B, G, S, C)
+        mask = places.mask
         out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=True)  # (B, H, T, C)
         return apply(self.o_proj, out.transpose(1, 2).flatten(2), routing), routing  # (B, T, D)
 
@@ -174,18 +172,16 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, config: ModelConfig, adapter: AdapterConfig | None, layer: int):
+    def __init__(self, config: ModelConfig, adapter: AdapterConfig | None):
         super().__init__()
         self.input_layernorm = RMSNorm(config.dim, config.norm_eps)
-        self.self_attn = Attention(config, adapter, layer)
+        self.self_attn = Attention(config, adapter)
         self.post_attention_layernorm = RMSNorm(config.dim, config.norm_eps)
         self.mlp = FeedForward(config, adapter)
 
-    def forward(
-        self, x: Tensor, table: tuple[Tensor, Tensor], positions: Tensor, cache: KVCache | None
-    ) -> tuple[Tensor, list[Routing]]:
+    def forward(self, x: Tensor, places: Places, stored: tuple[Tensor, Tensor] | None) -> tuple[Tensor, list[Routing]]:
         """(B, T, D) -> (B, T, D) and the routings of the sublayers that have experts."""
-        attended, attention_routing = self.self_attn(self.input_layernorm(x), table, positions, cache)
+        attended, attention_routing = self.self_attn(self.input_layernorm(x), places, stored)
         x = x + attended
         fed, routing = self.mlp(self.post_attention_layernorm(x))
         return x + fed, [r for r in (attention_routing, routing) if r]
@@ -200,7 +196,7 @@ class Decoder(nn.Module):
         # is loaded) makes torch import its compiler, which takes two seconds.
         rows = torch.empty(config.vocab_size, config.dim).uniform_(-(3**0.5), 3**0.5)  # of variance 1, too
         self.embed_tokens = nn.Embedding.from_pretrained(rows, freeze=False)
-        self.layers = nn.ModuleList(Block(config, adapter, layer) for layer in range(config.n_layers))
+        self.layers = nn.ModuleList(Block(config, adapter) for _ in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
 
 
@@ -211,7 +207,7 @@ class Model(nn.Module):
         super().__init__()
         self.config, self.adapter = config, adapter
         self.model = Decoder(config, adapter)
-        self.lm_head = nn.Linear(config.dim, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.dim, config.vocab_size, bias=False)
         if config.tied:
             self.lm_head.weight = self.model.embed_tokens.weight
         if adapter:
@@ -228,12 +224,28 @@ class Model(nn.Module):
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)  # (B, T)
         x = self.model.embed_tokens(tokens)  # (B, T, D)
-        table = rotary_table(positions, rotary_frequencies(self.config, x.device), x.dtype)
+        places = self.places(positions, cache, x.dtype)
+        stored = cache.layers(len(tokens)) if cache else [None] * self.config.n_layers
         routings: list[Routing] = []
-        for layer in self.model.layers:
-            x, new = layer(x, table, positions, cache)
+        for layer, of_layer in zip(self.model.layers, stored, strict=True):
+            x, new = layer(x, places, of_layer)
             routings += new
         return self.model.norm(x), routings
+
+    def places(self, positions: Tensor, cache: KVCache | None, dtype: torch.dtype) -> Places:
+        config, (n_rows, n_tokens) = self.config, positions.shape
+        table = rotary_table(positions, rotary_frequencies(config, positions.device), dtype)
+        mask = slots = None
+        if cache or 0 < config.window < n_tokens:
+            others = torch.arange(cache.length if cache else n_tokens, device=positions.device)  # (S,)
+            own = positions[:, None, :, None]  # (B, 1, T, 1)
+            unseen = others > own  # (B, 1, T, S)
+            if config.window:
+                unseen |= others <= own - config.window
+            mask = torch.zeros_like(unseen, dtype=dtype).masked_fill_(unseen, -torch.inf)  # (B, 1, T, S)
+        if cache:
+            slots = positions[:, None, :, None].expand(n_rows, config.n_kv_heads, n_tokens, config.head_dim)
+        return Places(table, mask, slots)
 
     def forward(
         self, tokens: Tensor, positions: Tensor | None = None, cache: KVCache | None = None
