@@ -24,9 +24,9 @@ from minidoctor.config import ModelConfig, TrainConfig, choose_device, run
 from minidoctor.data import Example, collate
 from minidoctor.files import write_atomically
 from minidoctor.model import Model
+from minidoctor.step import make_optimizer, train_step
 from minidoctor.tokenizer import Tokenizer, load_tokenizer
 from minidoctor.weights import save_model
-from train import make_optimizer, train_step
 
 SHAPE = ModelConfig(
     vocab_size=3200,

@@ -1,9 +1,9 @@
 """minidoctor: SparseDoctor (https://arxiv.org/abs/2509.14269) in a few readable files.
 
 Read them in this order; each imports only files above it:
-config, files, families, chat, pieces, tokenizer, data, exams, linear, lora,
-router, model, weights, expert_queue, losses,
-peft_layout, checkpoint, metrics, generate, prompts, letters, scoring, results, answers, evaluate, export.
+config, files, families, chat, pieces, tokenizer, data, exams, linear, lora, router, model, weights, expert_queue,
+losses, peft_layout, checkpoint, metrics, step, generate, prompts, letters, scoring, results, answers, evaluate,
+export.
 
 Shapes in comments and docstrings use these letters:
 

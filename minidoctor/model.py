@@ -19,6 +19,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from minidoctor.config import TARGETS, AdapterConfig, ModelConfig
 from minidoctor.linear import Linear
@@ -215,11 +216,16 @@ class Model(nn.Module):
                 parameter.requires_grad_(is_adapter_name(name))
 
     def hidden(
-        self, tokens: Tensor, positions: Tensor | None = None, cache: KVCache | None = None
+        self,
+        tokens: Tensor,
+        positions: Tensor | None = None,
+        cache: KVCache | None = None,
+        recompute: bool = False,
     ) -> tuple[Tensor, list[Routing]]:
         """(B, T) -> (B, T, D), ready for `lm_head`, and one routing for each sublayer with experts.
 
-        `positions` (B, T) says where in each row the tokens stand; without it they are 0 ... T-1.
+        `positions` (B, T) says where in each row the tokens stand; without it they are 0 ... T-1. With `recompute`
+        a block keeps its input alone for the way back (activation checkpointing).
         """
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)  # (B, T)
@@ -228,7 +234,10 @@ class Model(nn.Module):
         stored = cache.layers(len(tokens)) if cache else [None] * self.config.n_layers
         routings: list[Routing] = []
         for layer, of_layer in zip(self.model.layers, stored, strict=True):
-            x, new = layer(x, places, of_layer)
+            if recompute:
+                x, new = checkpoint(layer, x, places, of_layer, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x, new = layer(x, places, of_layer)
             routings += new
         return self.model.norm(x), routings
 

@@ -15,12 +15,13 @@ import torch
 from torch import nn
 
 import train
+from minidoctor import step as the_step
 from minidoctor.checkpoint import ADAPTER, STATE, load_adapted_model, read_run
 from minidoctor.config import AdapterConfig, TrainConfig
 from minidoctor.data import Batch, Batches, encode, explained, parse_row
 from minidoctor.files import read_tensors
 from minidoctor.losses import contrastive_routing_loss, load_balance_loss
-from minidoctor.model import adapter_state
+from minidoctor.model import adapter_state, trained_weights
 from minidoctor.weights import load_model
 
 ROOT = Path(__file__).parent.parent
@@ -68,12 +69,12 @@ def one_step(config, tokenizer, parts=1, step=0, queue=None, change=lambda batch
         for name, parameter in model.named_parameters():
             if name.endswith("lora_b"):
                 nn.init.normal_(parameter, std=0.3)
-    optimizer = torch.optim.SGD(train.trained_weights(model).values())
+    optimizer = torch.optim.SGD(trained_weights(model).values())
     optimizer.step = optimizer.zero_grad = lambda: None  # keep the weights, and what backward made
     batch = next(Batches(examples_of(config, tokenizer), config.batch_size, 0).starting_at(step))
-    batches = [change(part) for part in train.parts_of(batch, parts)]
-    figures = train.train_step(model, optimizer, queue, batches, step, config)
-    return model, figures, {name: p.grad for name, p in train.trained_weights(model).items()}
+    batches = [change(part) for part in the_step.parts_of(batch, parts)]
+    figures = the_step.train_step(model, optimizer, queue, batches, step, config)
+    return model, figures, {name: p.grad for name, p in trained_weights(model).items()}
 
 
 def test_gradient_accumulation_equals_the_large_batch(make_config, tokenizer):
@@ -127,7 +128,7 @@ def test_balance_is_taken_layer_by_layer_and_without_padding(make_config, tokeni
 def test_the_loss_meets_the_queue_before_this_step_enters_it(make_config, tokenizer):
     config = make_config()
     torch.manual_seed(0)
-    queue = train.make_queue(load_model(config.base, adapter=ADAPTER_CONFIG), config)
+    queue = the_step.make_queue(load_model(config.base, adapter=ADAPTER_CONFIG), config)
     _, figures, _ = one_step(config, tokenizer, queue=queue)
     assert figures.losses["contrast"] == 0  # nothing is remembered at step 0
     assert queue.written.sum() > 0
@@ -150,7 +151,7 @@ def test_the_loss_meets_the_queue_before_this_step_enters_it(make_config, tokeni
 def test_total_is_the_weighted_sum_and_contrast_warms_up(make_config, tokenizer):
     config = make_config(balance_weight=0.3, contrast_weight=0.5, contrast_warmup=4)
     torch.manual_seed(0)
-    queue = train.make_queue(load_model(config.base, adapter=ADAPTER_CONFIG), config)
+    queue = the_step.make_queue(load_model(config.base, adapter=ADAPTER_CONFIG), config)
     one_step(config, tokenizer, queue=queue)
     _, figures, _ = one_step(config, tokenizer, step=1, queue=queue)
     parts = figures.losses
@@ -164,7 +165,7 @@ def test_each_routing_loss_changes_what_the_router_learns(make_config, tokenizer
     gradients = []
     for config in (make_config(), make_config(**{switched_off: 0.0})):
         torch.manual_seed(0)
-        queue = train.make_queue(load_model(config.base, adapter=ADAPTER_CONFIG), make_config())
+        queue = the_step.make_queue(load_model(config.base, adapter=ADAPTER_CONFIG), make_config())
         one_step(config, tokenizer, queue=queue)
         gradients.append(one_step(config, tokenizer, step=1, queue=queue)[2])
     name = "model.layers.0.mlp.router.projection"
@@ -245,12 +246,12 @@ def test_resume_refuses_what_the_run_was_not_started_with(make_config, tmp_path,
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_is_never_saved(make_config, monkeypatch):
     config = make_config(steps=50, log_every=4, save_every=4)
-    lm_loss, calls = train.language_model_loss, itertools.count()
+    lm_loss, calls = the_step.language_model_loss, itertools.count()
 
     def overflows_at_step_six(*args):
         return lm_loss(*args) * (torch.inf if next(calls) == 6 else 1.0)
 
-    monkeypatch.setattr(train, "language_model_loss", overflows_at_step_six)
+    monkeypatch.setattr(the_step, "language_model_loss", overflows_at_step_six)
     with pytest.raises(FloatingPointError, match=r"step 6: loss, lm, grad_norm not finite \(loss inf, lm inf"):
         train.train(config, ADAPTER_CONFIG, {})
     out = Path(config.out)
@@ -339,7 +340,7 @@ def test_plain_lora_with_two_experts_for_a_token_is_refused():
 
 def test_learning_rate_warms_up_and_falls_to_a_tenth():
     config = TrainConfig(steps=100, warmup=10, lr=1.0)
-    rates = [train.learning_rate(step, config) for step in range(100)]
+    rates = [the_step.learning_rate(step, config) for step in range(100)]
     assert rates[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
     assert rates[10] == 1.0
     assert all(a > b for a, b in itertools.pairwise(rates[10:]))
