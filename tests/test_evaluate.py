@@ -94,7 +94,7 @@ def plain_prediction(model, tokenizer, row):
 def test_scores_equal_a_plain_loop_over_unbatched_full_forwards(
     adapted, tokenizer, rows, monkeypatch, tokens_in_a_batch, batch_size
 ):
-    monkeypatch.setattr(scoring, "TOKENS_IN_A_BATCH", tokens_in_a_batch)
+    monkeypatch.setattr(scoring, "TOKENS_IN_A_BATCH", {"cpu": tokens_in_a_batch})
     result = evaluate(adapted, tokenizer, rows, show_progress=False, config=EvalConfig(batch_size=batch_size))
     for row, ours in zip(rows, result["predictions"], strict=True):
         prediction, text, letters = plain_prediction(adapted, tokenizer, row)
