@@ -1,0 +1,310 @@
+"""Speed and memory, beside what people would use instead and beside what the machine allows.
+
+    python -m minidoctor.bench train                     a Llama of SmolLM2's shape with 10 layers, half of it prompt
+    python -m minidoctor.bench train --base DIR --data FILE      questions of varied length
+    python -m minidoctor.bench sample --base DIR
+    python -m minidoctor.bench memory
+    python -m minidoctor.bench load --base DIR
+
+All that is compared runs alternately in one process; a ratio is the median of those of single rounds, with the least
+and the greatest. Shared machines slow down and recover within seconds: figures of two runs are not to be compared.
+
+Floors: in training the frozen model's own forward and backward on the same tokens; in decoding one reading of all
+weights at the bandwidth that a sum over 256 MiB reaches.
+"""
+
+import argparse
+import dataclasses
+import json
+import multiprocessing
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from minidoctor import peers
+from minidoctor.config import AdapterConfig, ModelConfig, SampleConfig, TrainConfig, choose_device, choose_dtype, run
+from minidoctor.data import Batch, Batches, Example, collate, encode
+from minidoctor.exams import read_questions
+from minidoctor.generate import generate
+from minidoctor.losses import language_model_loss
+from minidoctor.model import Model, adapter_state
+from minidoctor.step import make_optimizer, make_queue, train_step
+from minidoctor.tokenizer import load_tokenizer
+from minidoctor.weights import load_model
+
+# https://huggingface.co/HuggingFaceTB/SmolLM2-135M, config.json
+SMOLLM2 = ModelConfig(49152, 576, 30, 9, 3, 64, 1536, 8192, 1e-5, 100000.0)
+TARGETS = ("gate_proj", "up_proj", "down_proj")  # MixLoRA has experts here alone
+
+Rounds = dict[str, list[float]]  # seconds of each contender in each round
+
+
+def alternate(contenders: dict[str, Callable[[], Any]], n_rounds: int, device: torch.device) -> Rounds:
+    """Each once to warm up, then one after the other, again and again."""
+    seconds: Rounds = {name: [] for name in contenders}
+    for round_number in range(n_rounds + 1):
+        for name, call in contenders.items():
+            start = time.perf_counter()
+            call()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            if round_number:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def ratio(a: list[float], b: list[float]) -> dict[str, float]:
+    """a / b round by round: the median, and the least and greatest."""
+    each = [x / y for x, y in zip(a, b, strict=True)]
+    return {"median": statistics.median(each), "least": min(each), "greatest": max(each)}
+
+
+def rates(seconds: Rounds, n: dict[str, float]) -> Rounds:
+    return {name: [n[name] / s for s in times] for name, times in seconds.items()}
+
+
+def our_step(base: Model, adapter: AdapterConfig, config: TrainConfig) -> Callable[[Batch], Any]:
+    """A training step of ours on the frozen weights of `base`, which are not copied."""
+    model = Model(base.config, adapter).to(base.lm_head.weight.device)
+    model.load_state_dict(base.state_dict() | adapter_state(model), assign=True)
+    for name, p in model.named_parameters():
+        p.requires_grad_(name in adapter_state(model))
+    optimizer, queue, steps = make_optimizer(model, config), make_queue(model, config), iter(range(2**31))
+    return lambda batch: train_step(model, optimizer, queue, [batch], next(steps), config)
+
+
+def frozen_step(base: Model, batch: Batch) -> None:
+    """The floor: forward and backward of the frozen model, from the answers' loss down to the embeddings."""
+    model = base.model
+    x = model.embed_tokens(batch.tokens).requires_grad_()  # (B, T, D)
+    positions = torch.arange(x.shape[1], device=x.device).expand_as(batch.tokens)  # (B, T)
+    places = base.places(positions, None, x.dtype)
+    hidden = x
+    for layer in model.layers:
+        hidden, _ = layer(hidden, places, None)
+    language_model_loss(model.norm(hidden), base.lm_head.weight, batch.targets, batch.answers).backward()
+
+
+def drawn_batch(vocab_size: int, batch_size: int, seq_len: int, device: torch.device) -> Batch:
+    """Random tokens, the first half of each row prompt."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randint(vocab_size, (batch_size, seq_len + 1), generator=generator).tolist()
+    half = seq_len // 2
+    batch = collate([Example(row[:-1], [-100] * half + row[half + 1 :]) for row in rows])
+    return Batch(*(tensor.to(device) for tensor in batch))
+
+
+def bench_train(given: argparse.Namespace, base: Model) -> dict[str, Any]:
+    device = base.lm_head.weight.device
+    moe = AdapterConfig(given.n_experts, given.top_k, given.rank, 2.0 * given.rank, tuple(given.targets.split(",")))
+    lora = dataclasses.replace(moe, n_experts=1, top_k=1)
+    config = TrainConfig(batch_size=given.batch_size, max_seq_len=given.seq_len, recompute=given.recompute)
+    steps: dict[str, Callable[[Batch], Any]] = {
+        "minidoctor": our_step(base, moe, config),
+        "minidoctor, no contrast": our_step(base, moe, dataclasses.replace(config, contrast_weight=0.0)),
+        "minidoctor, plain LoRA": our_step(base, lora, config),
+        "frozen model": lambda batch: frozen_step(base, batch),
+    }
+    if peers.installed("transformers", "peft"):
+        steps["peft"] = peers.training_step(*peers.peft_lora(base, lora), config.lr, config.clip)
+    if peers.installed("transformers", "mixlora") and set(moe.targets) <= set(TARGETS):
+        steps["mixlora"] = peers.training_step(*peers.mixlora(base, moe), config.lr, config.clip)
+    batches = {name: [drawn_batch(base.config.vocab_size, given.batch_size, given.seq_len, device)] for name in steps}
+    if given.data:
+        if not given.base:
+            raise ValueError("--data needs the --base whose tokenizer reads it")
+        batches = {name: real_batches(given, name, device) for name in steps}
+
+    def contender(name: str) -> Callable[[], Any]:
+        return lambda: [steps[name](batch) for batch in batches[name]]
+
+    seconds = alternate({name: contender(name) for name in steps}, given.rounds, device)
+    count = {
+        name: float(sum(len(b.answers) if given.data else int(b.real.sum()) for b in batches[name])) for name in steps
+    }
+    speed = rates(seconds, count)
+    ours = speed["minidoctor"]
+    return {
+        "unit": "answer tokens per second" if given.data else "tokens per second",
+        "speed": {name: statistics.median(values) for name, values in speed.items()},
+        "ratio_to_peft": ratio(ours, speed["peft"]) if "peft" in speed else None,
+        "ratio_to_mixlora": ratio(ours, speed["mixlora"]) if "mixlora" in speed else None,
+        "of_floor": ratio(ours, speed["frozen model"]),
+        "moe_over_lora": ratio(speed["minidoctor, plain LoRA"], ours),
+        "contrast_over_none": ratio(speed["minidoctor, no contrast"], ours),
+    }
+
+
+def real_batches(given: argparse.Namespace, name: str, device: torch.device) -> list[Batch]:
+    """Eight batches of a file's questions: ours by length, the peers' as they come, shuffled."""
+    tokenizer = load_tokenizer(given.base)
+    rows = read_questions(given.data).rows
+    examples = [encode(row.messages, tokenizer, given.seq_len) for row in rows]
+    if name in ("peft", "mixlora"):
+        order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(1)).tolist()
+        size = given.batch_size
+        chosen = [[examples[i] for i in order[k * size : (k + 1) * size]] for k in range(8)]
+    else:
+        source = Batches(examples, given.batch_size, 1).starting_at(0)
+        chosen = [next(source) for _ in range(8)]
+    return [Batch(*(tensor.to(device) for tensor in collate(part))) for part in chosen]
+
+
+def bench_sample(given: argparse.Namespace, base: Model) -> dict[str, Any]:
+    device, weight = base.lm_head.weight.device, base.lm_head.weight
+    prompt = torch.randint(base.config.vocab_size, (16,), generator=torch.Generator().manual_seed(0)).tolist()
+    config = SampleConfig(max_new_tokens=given.new_tokens)
+    stream = torch.ones(2**26, device=device)  # 256 MiB
+    calls: dict[str, Callable[[], Any]] = {
+        "read": lambda: [stream.sum() for _ in range(8)],
+        "batch 1": lambda: sum(1 for _ in generate(base, [prompt], config, ())),
+        "batch 8": lambda: sum(1 for _ in generate(base, [prompt] * 8, config, ())),
+    }
+    if peers.installed("transformers"):
+        peer, tokens = peers.llama(base).eval(), torch.tensor([prompt], device=device)
+        n = given.new_tokens
+        calls["transformers"] = lambda: peer.generate(tokens, max_new_tokens=n, min_new_tokens=n, do_sample=False)
+    seconds = alternate(calls, given.rounds, device)
+    n_bytes = float(sum(p.numel() * p.element_size() for p in base.parameters()))
+    count = {"read": 8 * 2**28 / n_bytes, "batch 8": 8.0 * given.new_tokens}
+    speed = rates(seconds, dict.fromkeys(calls, float(given.new_tokens)) | count)
+    bandwidth = statistics.median(speed["read"]) * n_bytes / 1e9
+    return {
+        "unit": "tokens per second, the prompt of 16 tokens among the time",
+        "speed": {name: statistics.median(values) for name, values in speed.items() if name != "read"},
+        "floor": statistics.median(speed["read"]),
+        "bandwidth_gb_per_second": bandwidth,
+        "weights_gb": n_bytes / 1e9,
+        "dtype": str(weight.dtype),
+        "ratio_to_transformers": ratio(speed["batch 1"], speed["transformers"]) if "transformers" in speed else None,
+        "of_floor": ratio(speed["batch 1"], speed["read"]),
+        "batch_8_over_1": ratio(speed["batch 8"], speed["batch 1"]),
+    }
+
+
+def peak_of(name: str, given: argparse.Namespace, found: Any) -> None:
+    """In a process of its own: the peak memory of three steps, in GiB, and what is held after more of them."""
+    torch.set_num_threads(given.threads)
+    base = base_of(given)
+    moe = AdapterConfig(given.n_experts, given.top_k, given.rank, 2.0 * given.rank, tuple(given.targets.split(",")))
+    config = TrainConfig(batch_size=given.batch_size, max_seq_len=given.seq_len, recompute=given.recompute)
+    batch = drawn_batch(base.config.vocab_size, given.batch_size, given.seq_len, torch.device("cpu"))
+    if name == "peft":
+        step = peers.training_step(*peers.peft_lora(base, dataclasses.replace(moe, n_experts=1, top_k=1)), 1e-3, 1.0)
+        del base
+    else:
+        step = our_step(base, moe, config)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten: building is not measured
+    held = []
+    for number in range(given.steps):
+        step(batch)
+        if number in (2, given.steps - 1):
+            held.append(status("VmHWM"))
+    found.put((held[0], held[-1]))
+
+
+def status(key: str) -> float:
+    """A size in GiB that Linux knows of this process."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key + ":"))
+    return int(line.split()[1]) / 2**20
+
+
+def bench_memory(given: argparse.Namespace) -> dict[str, Any]:
+    if not Path("/proc/self/clear_refs").exists():
+        raise ValueError("the peak memory of a process is measured on Linux only")
+    context, peaks = multiprocessing.get_context("spawn"), {}
+    for name in ["minidoctor", *(["peft"] if peers.installed("transformers", "peft") else [])]:
+        found = context.Queue()
+        process = context.Process(target=peak_of, args=(name, given, found))
+        process.start()
+        process.join()
+        if process.exitcode:
+            raise ValueError(f"{name} ended with code {process.exitcode}, perhaps for want of memory")
+        peaks[name] = found.get()
+    return {
+        "peak_gib": {name: peak for name, (peak, _) in peaks.items()},
+        f"peak_gib_after_{given.steps}_steps": {name: last for name, (_, last) in peaks.items()},
+        "ratio_to_peft": peaks["minidoctor"][0] / peaks["peft"][0] if "peft" in peaks else None,
+    }
+
+
+def bench_load(given: argparse.Namespace) -> dict[str, Any]:
+    if not given.base:
+        raise ValueError("load needs a --base")
+    seconds: Rounds = {"load": [], "first token": []}
+    for _ in range(given.rounds):
+        start = time.perf_counter()
+        model = load_model(given.base)
+        loaded = time.perf_counter()
+        next(generate(model, [[1, 2, 3]], SampleConfig(), ()))
+        seconds["load"].append(loaded - start)
+        seconds["first token"].append(time.perf_counter() - loaded)
+    return {"seconds": {name: statistics.median(times) for name, times in seconds.items()}}
+
+
+def base_of(given: argparse.Namespace) -> Model:
+    """The checkpoint of --base, or random weights of SmolLM2's shape."""
+    device = choose_device(given.device)
+    dtype = choose_dtype(given.dtype, device)
+    if given.base:
+        return load_model(given.base, dtype, device).requires_grad_(False)
+    torch.manual_seed(0)
+    model = Model(dataclasses.replace(SMOLLM2, n_layers=given.layers)).to(device, dtype)
+    return model.requires_grad_(False).eval()
+
+
+def shown(value: Any) -> str:
+    if isinstance(value, dict):
+        return "  ".join(f"{key} {shown(inner)}" for key, inner in value.items())
+    return f"{value:,.3f}" if isinstance(value, float) else str(value)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m minidoctor.bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("what", choices=["train", "sample", "memory", "load"])
+    parser.add_argument("--base", help="checkpoint (default: random weights of SmolLM2-135M's shape)")
+    parser.add_argument("--layers", type=int, help="of the random model (default 10, sample: 30)")
+    parser.add_argument("--data", help="train on batches of this file instead of drawn ones")
+    parser.add_argument("--batch-size", type=int, help="(default 4, with --data 8)")
+    parser.add_argument("--seq-len", type=int, help="(default 256, with --data 512 at most)")
+    parser.add_argument("--rounds", type=int, default=7, help="alternating rounds (default 7)")
+    parser.add_argument("--steps", type=int, default=20, help="memory: steps between the two looks (default 20)")
+    parser.add_argument("--new-tokens", type=int, default=128, help="sample: tokens written (default 128)")
+    parser.add_argument("--n-experts", type=int, default=8)
+    parser.add_argument("--top-k", type=int, default=2)
+    parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--targets", default=",".join(TARGETS), help="layers with experts (default the feed-forward)")
+    parser.add_argument("--recompute", action="store_true", help="as in train.py")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads (default all)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
+    parser.add_argument("--dtype", default="auto", help="auto, float32 or bfloat16")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    given = parser.parse_args()
+    given.layers = given.layers or (30 if given.what == "sample" else 10)
+    given.batch_size = given.batch_size or (8 if given.data else 4)
+    given.seq_len = given.seq_len or (512 if given.data else 256)
+    for name in ("rounds", "threads", "batch_size", "layers", "new_tokens"):
+        if getattr(given, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(given, name)}")
+    if given.seq_len < 4 or given.steps < 3:
+        raise ValueError("--seq-len must be at least 4 and --steps at least 3")
+    torch.set_num_threads(given.threads)
+    machine = f"{given.device}, {given.threads} threads, {platform.machine()}, torch {torch.__version__}"
+    ran = {key: value for key, value in vars(given).items() if value not in (None, False)}
+    if given.what in ("train", "sample"):
+        found = {"train": bench_train, "sample": bench_sample}[given.what](given, base_of(given))
+    else:
+        found = {"memory": bench_memory, "load": bench_load}[given.what](given)
+    result = {"ran": ran, "machine": machine, **found}
+    print(json.dumps(result) if given.json else "\n".join(f"{key}: {shown(value)}" for key, value in result.items()))
+
+
+if __name__ == "__main__":
+    run(main)
