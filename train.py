@@ -11,6 +11,7 @@ import argparse
 import dataclasses
 import hashlib
 import itertools
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,7 @@ from minidoctor.data import IGNORE, Batches, Example, Row, encode, explained
 from minidoctor.exams import Questions, files_of, in_both, plain, read_questions
 from minidoctor.expert_queue import ExpertQueue
 from minidoctor.files import write_json
+from minidoctor.memory import ADVICE, estimate, free_memory, in_words, out_of_memory
 from minidoctor.metrics import Log, Stop, peak_memory_gib
 from minidoctor.model import Model
 from minidoctor.results import table
@@ -87,7 +89,8 @@ def start_or_resume(given: dict[str, Any]) -> tuple[TrainConfig, AdapterConfig, 
         return config, adapter, {}
     out = given.get("out", TrainConfig.out)
     state = read_run(Path(out))
-    config, adapter = dataclasses.replace(state["config"], out=out, resume=True), state["adapter"]
+    lighter = {name: given[name] for name in ("accumulate", "recompute") if name in given}  # what memory may ask for
+    config, adapter = dataclasses.replace(state["config"], out=out, resume=True, **lighter), state["adapter"]
     stored = dataclasses.asdict(config) | dataclasses.asdict(adapter)
     for name, value in given.items():
         if stored[name] != value:
@@ -152,6 +155,7 @@ def train(config: TrainConfig, adapter: AdapterConfig, state: dict[str, Any]) ->
     if not examples:
         raise ValueError(f"{config.data}: no answer begins within max_seq_len={config.max_seq_len} tokens")
     longest, context = max(len(example.tokens) for example in examples), model.config.max_seq_len
+    most_answers = max(sum(target != IGNORE for target in example.targets) for example in examples)
     if longest > context:
         raise ValueError(
             f"{config.data}: an example has {longest} tokens, {config.base} reads {context}: --max-seq-len"
@@ -170,6 +174,9 @@ def train(config: TrainConfig, adapter: AdapterConfig, state: dict[str, Any]) ->
         state |= {"config": config, "adapter": adapter, "data": digest.hexdigest()}
         save(out, model, optimizer, queue, state)
     print(describe(model, tokenizer, queue, examples, config, state))
+    in_a_part = math.ceil(config.batch_size / config.accumulate)
+    needed = estimate(model, config, in_a_part * longest, in_a_part * most_answers)
+    print(in_words(needed, free_memory(device)))
     if eval_rows and state["eval_before"] is None:
         before = evaluate(model, tokenizer, eval_rows, config=EVALUATION)["summary"]
         save(out, model, optimizer, queue, state | {"eval_before": before})
@@ -208,11 +215,18 @@ def fit(
 ) -> bool:
     """Trains from `state["step"]` to the last step, logging and saving; False if it was asked to stop before."""
     out, start = Path(config.out), time.perf_counter()
-    log = Log(out, state["step"])
+    log, failure = Log(out, state["step"]), ""
     model.train()
     with Stop() as stop, tqdm(total=config.steps, initial=state["step"], desc="training") as progress:
         for examples in itertools.islice(batches.starting_at(state["step"]), config.steps - state["step"]):
-            figures = train_step(model, optimizer, queue, parts_of(examples, config.accumulate), state["step"], config)
+            try:
+                parts = parts_of(examples, config.accumulate)
+                figures = train_step(model, optimizer, queue, parts, state["step"], config)
+            except (RuntimeError, MemoryError) as error:
+                if not out_of_memory(error):
+                    raise
+                failure = str(error).splitlines()[0]
+                break
             seconds, start = time.perf_counter() - start, time.perf_counter()
             log.add(state["step"], figures, seconds)
             state |= {"step": state["step"] + 1, "seconds": state["seconds"] + seconds}
@@ -228,6 +242,14 @@ def fit(
             if stop.asked:
                 break
     model.eval()
+    if failure:  # handled here, where what the step had allocated is free again
+        optimizer.zero_grad()
+        # Unless it failed behind the optimizer: then the last saved step is the one to go on from.
+        if int(next(iter(optimizer.state.values()))["step"]) == state["step"]:
+            if log.waiting:
+                _, state["load"] = log.flush()
+            save(out, model, optimizer, queue, state)
+        raise MemoryError(f"out of memory in step {state['step']}, {out} can be resumed; {ADVICE} ({failure:.200})")
     return state["step"] == config.steps
 
 

@@ -28,7 +28,7 @@ import torch
 
 from minidoctor import peers
 from minidoctor.config import AdapterConfig, ModelConfig, SampleConfig, TrainConfig, choose_device, choose_dtype, run
-from minidoctor.data import Batch, Batches, Example, collate, encode
+from minidoctor.data import IGNORE, Batch, Batches, Example, collate, encode
 from minidoctor.exams import read_questions
 from minidoctor.generate import generate
 from minidoctor.losses import language_model_loss
@@ -80,7 +80,7 @@ def our_step(base: Model, adapter: AdapterConfig, config: TrainConfig) -> Callab
 
 def frozen_step(base: Model, batch: Batch) -> None:
     """The floor: forward and backward of the frozen model, from the answers' loss down to the embeddings."""
-    model = base.model
+    model, batch = base.model, moved(batch, base.lm_head.weight.device)
     x = model.embed_tokens(batch.tokens).requires_grad_()  # (B, T, D)
     positions = torch.arange(x.shape[1], device=x.device).expand_as(batch.tokens)  # (B, T)
     places = base.places(positions, None, x.dtype)
@@ -90,13 +90,16 @@ def frozen_step(base: Model, batch: Batch) -> None:
     language_model_loss(model.norm(hidden), base.lm_head.weight, batch.targets, batch.answers).backward()
 
 
-def drawn_batch(vocab_size: int, batch_size: int, seq_len: int, device: torch.device) -> Batch:
+def moved(batch: Batch, device: torch.device) -> Batch:
+    return Batch(*(tensor.to(device) for tensor in batch))
+
+
+def drawn_batch(vocab_size: int, batch_size: int, seq_len: int) -> Batch:
     """Random tokens, the first half of each row prompt."""
     generator = torch.Generator().manual_seed(0)
     rows = torch.randint(vocab_size, (batch_size, seq_len + 1), generator=generator).tolist()
     half = seq_len // 2
-    batch = collate([Example(row[:-1], [-100] * half + row[half + 1 :]) for row in rows])
-    return Batch(*(tensor.to(device) for tensor in batch))
+    return collate([Example(row[:-1], [IGNORE] * half + row[half + 1 :]) for row in rows])
 
 
 def bench_train(given: argparse.Namespace, base: Model) -> dict[str, Any]:
@@ -114,11 +117,11 @@ def bench_train(given: argparse.Namespace, base: Model) -> dict[str, Any]:
         steps["peft"] = peers.training_step(*peers.peft_lora(base, lora), config.lr, config.clip)
     if peers.installed("transformers", "mixlora") and set(moe.targets) <= set(TARGETS):
         steps["mixlora"] = peers.training_step(*peers.mixlora(base, moe), config.lr, config.clip)
-    batches = {name: [drawn_batch(base.config.vocab_size, given.batch_size, given.seq_len, device)] for name in steps}
+    batches = {name: [drawn_batch(base.config.vocab_size, given.batch_size, given.seq_len)] for name in steps}
     if given.data:
         if not given.base:
             raise ValueError("--data needs the --base whose tokenizer reads it")
-        batches = {name: real_batches(given, name, device) for name in steps}
+        batches = {name: real_batches(given, name) for name in steps}
 
     def contender(name: str) -> Callable[[], Any]:
         return lambda: [steps[name](batch) for batch in batches[name]]
@@ -140,7 +143,7 @@ def bench_train(given: argparse.Namespace, base: Model) -> dict[str, Any]:
     }
 
 
-def real_batches(given: argparse.Namespace, name: str, device: torch.device) -> list[Batch]:
+def real_batches(given: argparse.Namespace, name: str) -> list[Batch]:
     """Eight batches of a file's questions: ours by length, the peers' as they come, shuffled."""
     tokenizer = load_tokenizer(given.base)
     rows = read_questions(given.data).rows
@@ -152,7 +155,7 @@ def real_batches(given: argparse.Namespace, name: str, device: torch.device) -> 
     else:
         source = Batches(examples, given.batch_size, 1).starting_at(0)
         chosen = [next(source) for _ in range(8)]
-    return [Batch(*(tensor.to(device) for tensor in collate(part))) for part in chosen]
+    return [collate(part) for part in chosen]
 
 
 def bench_sample(given: argparse.Namespace, base: Model) -> dict[str, Any]:
@@ -193,7 +196,7 @@ def peak_of(name: str, given: argparse.Namespace, found: Any) -> None:
     base = base_of(given)
     moe = AdapterConfig(given.n_experts, given.top_k, given.rank, 2.0 * given.rank, tuple(given.targets.split(",")))
     config = TrainConfig(batch_size=given.batch_size, max_seq_len=given.seq_len, recompute=given.recompute)
-    batch = drawn_batch(base.config.vocab_size, given.batch_size, given.seq_len, torch.device("cpu"))
+    batch = drawn_batch(base.config.vocab_size, given.batch_size, given.seq_len)
     if name == "peft":
         step = peers.training_step(*peers.peft_lora(base, dataclasses.replace(moe, n_experts=1, top_k=1)), 1e-3, 1.0)
         del base

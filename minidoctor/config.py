@@ -160,7 +160,9 @@ class TrainConfig:
     device: str = flag("auto", "auto, cpu, cuda or mps")
     dtype: str = flag("auto", "of the frozen base: auto (bfloat16 on a GPU that has it), float32, bfloat16")
     chat_format: str = flag("auto", "how conversations are written (auto: as the checkpoint was trained)")
-    resume: bool = flag(False, "go on with the run in --out; flags given beside it must be the run's own")
+    resume: bool = flag(
+        False, "go on with the run in --out; other flags must be the run's own, but for --accumulate and --recompute"
+    )
 
     def __post_init__(self) -> None:
         check_range(self, "steps", "batch_size", "accumulate", "log_every", "save_every")
@@ -292,7 +294,7 @@ def run(main: Callable[[], None]) -> None:
         PermissionError,
     ) as error:
         code, message = 2, str(error)
-    except (OSError, FloatingPointError) as error:
+    except (OSError, FloatingPointError, MemoryError) as error:
         code, message = 1, str(error)
     except KeyboardInterrupt:
         code, message = 130, "interrupted"

@@ -72,7 +72,8 @@ def load_balance_loss(probs: Tensor, expert_ids: Tensor, real: Tensor) -> Tensor
     https://arxiv.org/abs/2101.03961, eq. 4, with f_e divided by K.
     """
     n_experts, weight = probs.shape[-1], real.unsqueeze(-1).float()  # (B, T, 1)
-    chosen = F.one_hot(expert_ids, n_experts).sum(-2).float()  # (B, T, E)
+    experts = torch.arange(n_experts, device=probs.device)  # (E,); F.one_hot would look at the largest id and wait
+    chosen = (expert_ids.unsqueeze(-1) == experts).sum(-2).float()  # (B, T, E)
     f = (chosen * weight).sum((0, 1)) / (weight.sum() * expert_ids.shape[-1])  # (E,)
     p = (probs * weight).sum((0, 1)) / weight.sum()  # (E,)
     return n_experts * (f * p).sum()

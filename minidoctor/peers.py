@@ -95,6 +95,7 @@ def training_step(peer: nn.Module, trained: list[nn.Parameter], lr: float, clip:
     peer.train()
 
     def step(batch: Batch) -> Any:
+        batch = Batch(*(tensor.to(trained[0].device) for tensor in batch))
         labels = torch.full_like(batch.targets, IGNORE)
         labels[:, 1:] = batch.targets[:, :-1]  # it shifts them itself, and so never learns the last one
         loss = peer(input_ids=batch.tokens, attention_mask=batch.real.long(), labels=labels).loss

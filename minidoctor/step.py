@@ -98,10 +98,11 @@ def train_step(
     load = torch.zeros(0, 0, device=device)
     if served and model.adapter:
         z, expert_ids = (torch.cat(tensors, dim=1) for tensors in zip(*served, strict=True))
-        load = torch.nn.functional.one_hot(expert_ids, model.adapter.n_experts).float().mean(1)  # (L, E)
+        experts = torch.arange(model.adapter.n_experts, device=device)  # (E,)
+        load = (expert_ids.unsqueeze(-1) == experts).float().mean(1)  # (L, E)
         if queue:  # only now: a token must not meet itself among the keys
             queue.enqueue(z, expert_ids, config.queue_share)
-    n_tokens = sum(int(batch.real.sum()) for batch in parts)
+    n_tokens = sum(int(batch.real.numpy().sum()) for batch in parts)  # they were made on the CPU
     return Figures(losses, load, grad_norm, lr, n_tokens)
 
 

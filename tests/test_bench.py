@@ -74,7 +74,7 @@ def test_contenders_take_turns():
 
 def test_the_floor_walks_back_to_the_embeddings_and_trains_nothing():
     base = Model(bench.ModelConfig(n_layers=2, **SHAPE)).requires_grad_(False)
-    batch = bench.drawn_batch(60, 2, 8, torch.device("cpu"))
+    batch = bench.drawn_batch(60, 2, 8)
     assert len(batch.answers) == 8
     bench.frozen_step(base, batch)
     assert all(p.grad is None for p in base.parameters())
@@ -84,7 +84,7 @@ def test_our_step_shares_the_frozen_weights_and_trains_only_its_own():
     base = Model(bench.ModelConfig(n_layers=2, **SHAPE)).requires_grad_(False)
     before = {name: p.clone() for name, p in base.named_parameters()}
     step = bench.our_step(base, AdapterConfig(4, 2, 2), TrainConfig(queue_capacity=4, queue_share=2, warmup=0))
-    batch = bench.drawn_batch(60, 2, 8, torch.device("cpu"))
+    batch = bench.drawn_batch(60, 2, 8)
     losses = [float(step(batch).losses["lm"]) for _ in range(20)]
     assert losses[-1] < 0.9 * losses[0]
     assert all(torch.equal(p, before[name]) for name, p in base.named_parameters())
@@ -94,7 +94,7 @@ def test_the_peers_have_the_same_loss_at_step_0():
     pytest.importorskip("peft")
     base = Model(bench.ModelConfig(n_layers=2, **SHAPE)).requires_grad_(False)
     adapter = AdapterConfig(4, 2, 2, targets=bench.TARGETS)
-    batch = bench.drawn_batch(60, 2, 8, torch.device("cpu"))
+    batch = bench.drawn_batch(60, 2, 8)
     hidden, _ = base.hidden(batch.tokens)
     # They shift the labels themselves and so never learn the last token of a row.
     kept = batch.answers[batch.answers % 8 != 7]

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
 from minidoctor import step as the_step
@@ -402,3 +403,65 @@ def test_a_run_on_a_benchmark_reports_accuracy_and_loss_and_learns_explanations(
             assert part["nll"] > 0
         losses[explain] = [json.loads(line)["lm"] for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert losses[False] != losses[True]
+
+
+def test_out_of_memory_ends_with_advice_and_a_state_to_go_on_from(make_config, monkeypatch, tmp_path, data):
+    config = make_config(save_every=100)
+    real, calls = train.train_step, itertools.count()
+
+    def runs_out_at_step_four(*args):
+        if next(calls) == 4:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return real(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "train_step", runs_out_at_step_four)
+        with pytest.raises(MemoryError, match=r"step 4, .*can be resumed; lower --batch-size .*Tried to allocate"):
+            train.train(config, ADAPTER_CONFIG, {})
+    assert read_run(Path(config.out))["step"] == 4
+    assert len((Path(config.out) / "metrics.jsonl").read_text().splitlines()) == 4
+    # With the activations computed again, as advised: the same adapter as without the failure, bit for bit.
+    train.train(*train.start_or_resume({"out": config.out, "resume": True, "recompute": True}))
+    whole = dataclasses.replace(config, out=str(tmp_path / "whole"))
+    train.train(whole, ADAPTER_CONFIG, {})
+    first, second = (dict(read_tensors(Path(one.out) / ADAPTER)) for one in (config, whole))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_another_failure_is_not_taken_for_a_lack_of_memory(make_config, monkeypatch):
+    def fails(*args):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    monkeypatch.setattr(train, "train_step", fails)
+    with pytest.raises(RuntimeError, match="cannot be multiplied"):
+        train.train(make_config(), ADAPTER_CONFIG, {})
+
+
+def test_activations_computed_again_give_the_same_gradients(make_config, tokenizer):
+    config = make_config()
+    plain = one_step(config, tokenizer)[2]
+    again = one_step(dataclasses.replace(config, recompute=True), tokenizer)[2]
+    assert plain.keys() == again.keys()
+    assert all(torch.equal(plain[name], again[name]) for name in plain)
+
+
+class NoWaiting(TorchDispatchMode):
+    """Fails where a number is read from a tensor, or a shape depends on one: a GPU would have to be waited for."""
+
+    waits = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "is_nonzero", "equal")
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func.overloadpacket.__name__ not in self.waits, func
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_step_waits_for_no_number(make_config, tokenizer):
+    config = make_config()
+    torch.manual_seed(0)
+    model = load_model(config.base, adapter=ADAPTER_CONFIG)
+    optimizer, queue = the_step.make_optimizer(model, config), the_step.make_queue(model, config)
+    batch = next(Batches(examples_of(config, tokenizer), config.batch_size, 0).starting_at(0))
+    parts = the_step.parts_of(batch, 2)
+    with NoWaiting():
+        the_step.train_step(model, optimizer, queue, parts, 0, config)
