@@ -1,17 +1,24 @@
-"""Ask the model: one question from the command line, or a chat when none is given.
+"""Ask the model: one question from the command line, a file of them, or a chat when none is given.
 
 python sample.py --adapter out "What is the key test for gout?"
 python sample.py --adapter out                     chat; /reset forgets it, /quit ends, Ctrl-C stops an answer
 python sample.py --base DIR --raw "Once upon"      go on with a text, no chat format
+python sample.py --adapter out --questions q.txt --out answers.jsonl       one question a line, or {"question": "..."}
 """
 
 import argparse
 import contextlib
+import json
 import sys
+from pathlib import Path
+
+from tqdm import tqdm
 
 from minidoctor.checkpoint import load
 from minidoctor.config import SampleConfig, add_flags, choose_device, choose_dtype, from_flags, run
-from minidoctor.generate import generate
+from minidoctor.data import parse_json, text_of
+from minidoctor.exams import read_text
+from minidoctor.generate import complete, generate
 from minidoctor.model import Model
 from minidoctor.tokenizer import TextStream, Tokenizer, printable
 
@@ -77,6 +84,55 @@ def fitting(messages: list[dict[str, str]], tokenizer: Tokenizer, limit: int) ->
     return kept, len(messages) - len(kept)
 
 
+def read_questions(path: Path) -> list[tuple[int, str]]:
+    """Line number and question of each line that is not empty: its text, or the "question" of a JSON object.
+
+    Raises FileNotFoundError or ValueError, with file and line.
+    """
+    questions = []
+    for number, line in enumerate(read_text(path).splitlines(), start=1):
+        try:
+            question = text_of(parse_json(line.encode()), "question") if line.lstrip().startswith("{") else line.strip()
+        except ValueError as error:
+            raise ValueError(f"{path}:{number}: {error}") from None
+        if question:
+            questions.append((number, question))
+    if not questions:
+        raise ValueError(f"{path}: no questions")
+    return questions
+
+
+def answer_file(
+    model: Model, tokenizer: Tokenizer, path: Path, out: Path, batch_size: int, config: SampleConfig
+) -> None:
+    """Writes {"question", "answer"} for each question, in the order of the file, as the batches are done.
+
+    Raises ValueError before the first answer if a question does not fit into the model's context.
+    """
+    questions = read_questions(path)
+    prompts = [tokenizer.chat([{"role": "user", "content": question}]) for _, question in questions]
+    for (number, _), prompt in zip(questions, prompts, strict=True):
+        if len(prompt) >= model.config.max_seq_len:
+            raise ValueError(f"{path}:{number}: {len(prompt)} tokens, the model reads {model.config.max_seq_len}")
+    if out.exists():
+        raise ValueError(f"{out}: is there already; give another --out")
+    window = 8 * batch_size  # among so many, like lengths are answered together
+    with out.open("w", encoding="utf-8") as file, tqdm(total=len(questions), desc="answering") as progress:
+        for start in range(0, len(questions), window):
+            order = sorted(range(start, min(start + window, len(questions))), key=lambda i: len(prompts[i]))
+            answers: dict[int, str] = {}
+            for k in range(0, len(order), batch_size):
+                chosen = order[k : k + batch_size]
+                replies = complete(model, tokenizer, [prompts[i] for i in chosen], config)
+                answers |= dict(zip(chosen, replies, strict=True))
+                progress.update(len(chosen))
+            for i in sorted(answers):
+                row = {"question": questions[i][1], "answer": answers[i]}
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            file.flush()
+    print(f"{len(questions)} answers: {out}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("question", nargs="?", metavar="QUESTION", help="(none: a chat)")
@@ -84,15 +140,24 @@ def main() -> None:
     parser.add_argument("--adapter", help="directory that train.py wrote (default: the base alone)")
     parser.add_argument("--raw", action="store_true", help="go on with QUESTION as text, without a chat format")
     parser.add_argument("--chat-format", default="auto", help="how conversations are written (auto: as trained)")
+    parser.add_argument("--questions", help="answer the questions of a file: one a line, or JSON lines")
+    parser.add_argument("--out", help="where the answers to --questions go, as JSON lines")
+    parser.add_argument("--batch-size", type=int, default=8, help="questions answered at once (default 8)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default auto)")
     parser.add_argument("--dtype", default="auto", help="auto, float32 or bfloat16 (default auto)")
     add_flags(parser, SampleConfig)
     given = parser.parse_args()
     config = from_flags(SampleConfig, vars(given))
-    if given.raw and given.question is None:
+    if given.raw and given.question is None and not given.questions:
         raise ValueError('--raw needs a text to go on with (it may be empty: --raw "")')
     if given.question is not None and not given.question.strip() and not given.raw:
         raise ValueError("the question is empty")
+    if bool(given.questions) != bool(given.out):
+        raise ValueError("--questions FILE and --out FILE belong together")
+    if given.questions and (given.question is not None or given.raw):
+        raise ValueError("--questions asks those of the file: no QUESTION and no --raw beside it")
+    if given.batch_size < 1:
+        raise ValueError(f"--batch-size must be at least 1, got {given.batch_size}")
     device = choose_device(given.device)
     dtype = choose_dtype(given.dtype, device)
     model, tokenizer = load(given.base, given.adapter, dtype, device, given.chat_format, chats=not given.raw)
@@ -100,7 +165,9 @@ def main() -> None:
         stream(model, tokenizer, tokenizer.start + tokenizer.encode(given.question), config)
         return
     print(f"{given.base}: {tokenizer.note}\n{WARNING}", file=sys.stderr)
-    if given.question is None:
+    if given.questions:
+        answer_file(model, tokenizer, Path(given.questions), Path(given.out), given.batch_size, config)
+    elif given.question is None:
         chat(model, tokenizer, config)
     else:
         messages = [{"role": "user", "content": given.question}]

@@ -1,4 +1,5 @@
 import io
+import json
 import shutil
 import subprocess
 import sys
@@ -194,3 +195,47 @@ def test_a_tokenizer_of_another_size_than_the_model_is_no_crash(ask, tmp_path, b
     for seed in range(3):
         words = ["痛风的关键检查？", "--base", tmp_path, "--temperature", 2, "--seed", seed]
         assert ask(*words, "--max-new-tokens", 20)[0] in (0, 2)
+
+
+def test_a_file_of_questions_is_answered_in_its_order(ask, base_dir, answer, tmp_path):
+    asked = ["gout?", "痛风的关键检查是什么？", "a cough at night, what is it?", "哮喘", "Asthma?"]
+    lines = [asked[0], "", asked[1], json.dumps({"question": asked[2], "answer": "?"}), *asked[3:]]
+    questions, out = tmp_path / "q.txt", tmp_path / "a.jsonl"
+    questions.write_text("\n".join(lines), encoding="utf-8")
+    words = ["--base", base_dir, "--max-new-tokens", 8, "--questions", questions]
+    code, printed, err = ask(*words, "--out", out, "--batch-size", 2)
+    assert (code, printed) == (0, f"5 answers: {out}\n")
+    assert sample.WARNING in err
+    rows = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+    # In batches, sorted by length, and yet to each question the answer that it gets alone.
+    assert rows == [{"question": question, "answer": answer(question)} for question in asked]
+    assert ask(*words, "--out", out)[0] == 2  # nothing is written over
+    assert ask(*words, "--out", tmp_path / "b.jsonl", "--batch-size", 5)[0] == 0
+    assert (tmp_path / "b.jsonl").read_bytes() == out.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("text", "words", "message"),
+    [
+        ("", [], "no questions"),
+        ('gout?\n{"question": 3}', [], 'q.txt:2: "question" must be text'),
+        ("{gout", [], "q.txt:1: not JSON"),
+        ("gout? " * 200, [], "q.txt:1: "),
+        ("gout?", ["a question"], "no QUESTION and no --raw"),
+        ("gout?", ["--raw"], "no QUESTION and no --raw"),
+        ("gout?", ["--batch-size", "0"], "--batch-size must be at least 1"),
+    ],
+)
+def test_a_bad_file_of_questions_is_refused_before_the_first_answer(ask, base_dir, tmp_path, text, words, message):
+    questions, out = tmp_path / "q.txt", tmp_path / "a.jsonl"
+    questions.write_text(text, encoding="utf-8")
+    code, _, err = ask("--base", base_dir, "--questions", questions, "--out", out, *words)
+    assert code == 2
+    assert message in err
+    assert not out.exists()
+
+
+def test_questions_and_out_belong_together(ask, base_dir, tmp_path):
+    for words in (["--questions", tmp_path / "q.txt"], ["--out", tmp_path / "a.jsonl"]):
+        code, _, err = ask("--base", base_dir, *words)
+        assert (code, "belong together" in err) == (2, True)
