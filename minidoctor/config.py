@@ -9,6 +9,7 @@ import dataclasses
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, get_type_hints
 
 import torch
@@ -302,5 +303,5 @@ def run(main: Callable[[], None]) -> None:
         return
     # One line, whatever a file's own words in it were.
     line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(message.split()))
-    print(f"{sys.argv[0]}: {line}", file=sys.stderr)
+    print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
     sys.exit(code)

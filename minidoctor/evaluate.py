@@ -38,9 +38,7 @@ RULES = {
 
 
 def submission_of(questions: list[Question], found: list[Found], config: EvalConfig) -> list[dict[str, Any]]:
-    """CMB's official form: `[{"id": 1, "model_answer": "C"}, ...]`. Raises ValueError if a question is not CMB's."""
-    if other := [one.row.id for one in questions if one.row.exam != "cmb" or not one.row.id.isdecimal()]:
-        raise ValueError(f"--submission is for CMB's test questions, which have numbers; question {other[0]} has none")
+    """CMB's official form: `[{"id": 1, "model_answer": "C"}, ...]`."""
     answers = [prediction_of(one, config, known)["prediction"] for one, known in zip(questions, found, strict=True)]
     return [
         {"id": int(one.row.id), "model_answer": answer or ""} for one, answer in zip(questions, answers, strict=True)
@@ -168,6 +166,8 @@ def examine(given: argparse.Namespace, config: EvalConfig) -> None:
     device = choose_device(given.device)
     dtype = choose_dtype(given.dtype, device)
     rows, files = read_data(given)
+    if given.submission and (other := [row.id for row in rows if row.exam != "cmb" or not row.id.isdecimal()]):
+        raise ValueError(f"--submission is for CMB's test questions, which have numbers; question {other[0]} has none")
     pool, dev = read_pool(given, config.shots)
     model, tokenizer = load(given.base, given.adapter, dtype, device, given.chat_format, chats=not config.raw)
     asker = Asker(tokenizer, config.raw)

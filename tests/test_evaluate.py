@@ -569,3 +569,9 @@ def test_predictions_of_the_shipped_base_are_those_of_a_plain_loop(path):
     for batch_size in (1, 16):
         predictions = predict(model, tokenizer, rows, score=("logits",), batch_size=batch_size)
         assert [p["prediction"] for p in predictions] == expected
+
+
+def test_a_submission_of_other_questions_is_refused_before_they_are_asked(cmmlu, tmp_path, roomy, monkeypatch):
+    monkeypatch.setattr("minidoctor.evaluate.answer", lambda *_, **__: pytest.fail("asked"))
+    with pytest.raises(ValueError, match="--submission is for CMB's test questions"):
+        call(monkeypatch, "--base", roomy, "--data", cmmlu, "--submission", tmp_path / "s.json")
