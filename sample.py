@@ -15,11 +15,11 @@ from pathlib import Path
 from tqdm import tqdm
 
 from minidoctor.checkpoint import load
-from minidoctor.config import SampleConfig, add_flags, choose_device, choose_dtype, from_flags, run
+from minidoctor.config import COMPILE, SampleConfig, add_flags, choose_device, choose_dtype, from_flags, run
 from minidoctor.data import parse_json, text_of
 from minidoctor.exams import read_text
 from minidoctor.generate import complete, generate
-from minidoctor.model import Model
+from minidoctor.model import Model, compile_blocks
 from minidoctor.tokenizer import TextStream, Tokenizer, printable
 
 WARNING = "For teaching only. This is not medical advice; ask a doctor."
@@ -145,6 +145,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=8, help="questions answered at once (default 8)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default auto)")
     parser.add_argument("--dtype", default="auto", help="auto, float32 or bfloat16 (default auto)")
+    parser.add_argument("--compile", action="store_true", help=COMPILE)
     add_flags(parser, SampleConfig)
     given = parser.parse_args()
     config = from_flags(SampleConfig, vars(given))
@@ -161,6 +162,8 @@ def main() -> None:
     device = choose_device(given.device)
     dtype = choose_dtype(given.dtype, device)
     model, tokenizer = load(given.base, given.adapter, dtype, device, given.chat_format, chats=not given.raw)
+    if given.compile:
+        compile_blocks(model)
     if given.raw:
         stream(model, tokenizer, tokenizer.start + tokenizer.encode(given.question), config)
         return

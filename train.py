@@ -44,7 +44,7 @@ from minidoctor.expert_queue import ExpertQueue
 from minidoctor.files import write_json
 from minidoctor.memory import ADVICE, estimate, free_memory, in_words, out_of_memory
 from minidoctor.metrics import Log, Stop, peak_memory_gib
-from minidoctor.model import Model
+from minidoctor.model import Model, compile_blocks
 from minidoctor.results import table
 from minidoctor.step import make_optimizer, make_queue, parts_of, train_step
 from minidoctor.tokenizer import Tokenizer, load_tokenizer
@@ -146,6 +146,8 @@ def train(config: TrainConfig, adapter: AdapterConfig, state: dict[str, Any]) ->
         raise ValueError(tokenizer.note)
     model = load_model(config.base, choose_dtype(config.dtype, device), device, adapter)
     check_vocabulary(config.base, model, tokenizer)
+    if config.compile:
+        compile_blocks(model)
     rows, eval_rows, eval_seen = read_data(config)
     conversations = [explained(row) if config.explain else row.messages for row in rows]
     encoded = [encode(messages, tokenizer, config.max_seq_len) for messages in conversations]

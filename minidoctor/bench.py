@@ -10,35 +10,33 @@ All that is compared runs alternately in one process; a ratio is the median of t
 and the greatest. Shared machines slow down and recover within seconds: figures of two runs are not to be compared.
 
 Floors: in training the frozen model's own forward and backward on the same tokens; in decoding one reading of all
-weights at the bandwidth that a sum over 256 MiB reaches.
+weights at the bandwidth that a sum over 256 MiB reaches. MFU: operations of the products of a step over the seconds
+that they would take at the rate of one large product.
 """
 
 import argparse
 import dataclasses
 import json
-import multiprocessing
 import platform
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from minidoctor import peers
-from minidoctor.config import AdapterConfig, ModelConfig, SampleConfig, TrainConfig, choose_device, choose_dtype, run
-from minidoctor.data import IGNORE, Batch, Batches, Example, collate, encode
+from minidoctor.config import AdapterConfig, SampleConfig, TrainConfig, run
+from minidoctor.contenders import SHAPES, base_of, drawn_batch, frozen_step, our_step, twin
+from minidoctor.data import Batch, Batches, collate, encode
 from minidoctor.exams import read_questions
 from minidoctor.generate import generate
-from minidoctor.losses import language_model_loss
-from minidoctor.model import Model, adapter_state
-from minidoctor.step import make_optimizer, make_queue, train_step
+from minidoctor.model import Model
+from minidoctor.peaks import bench_memory
 from minidoctor.tokenizer import load_tokenizer
 from minidoctor.weights import load_model
 
-# https://huggingface.co/HuggingFaceTB/SmolLM2-135M, config.json
-SMOLLM2 = ModelConfig(49152, 576, 30, 9, 3, 64, 1536, 8192, 1e-5, 100000.0)
 TARGETS = ("gate_proj", "up_proj", "down_proj")  # MixLoRA has experts here alone
 
 Rounds = dict[str, list[float]]  # seconds of each contender in each round
@@ -68,54 +66,24 @@ def rates(seconds: Rounds, n: dict[str, float]) -> Rounds:
     return {name: [n[name] / s for s in times] for name, times in seconds.items()}
 
 
-def our_step(base: Model, adapter: AdapterConfig, config: TrainConfig) -> Callable[[Batch], Any]:
-    """A training step of ours on the frozen weights of `base`, which are not copied."""
-    model = Model(base.config, adapter).to(base.lm_head.weight.device)
-    model.load_state_dict(base.state_dict() | adapter_state(model), assign=True)
-    for name, p in model.named_parameters():
-        p.requires_grad_(name in adapter_state(model))
-    optimizer, queue, steps = make_optimizer(model, config), make_queue(model, config), iter(range(2**31))
-    return lambda batch: train_step(model, optimizer, queue, [batch], next(steps), config)
-
-
-def frozen_step(base: Model, batch: Batch) -> None:
-    """The floor: forward and backward of the frozen model, from the answers' loss down to the embeddings."""
-    model, batch = base.model, moved(batch, base.lm_head.weight.device)
-    x = model.embed_tokens(batch.tokens).requires_grad_()  # (B, T, D)
-    positions = torch.arange(x.shape[1], device=x.device).expand_as(batch.tokens)  # (B, T)
-    places = base.places(positions, None, x.dtype)
-    hidden = x
-    for layer in model.layers:
-        hidden, _ = layer(hidden, places, None)
-    language_model_loss(model.norm(hidden), base.lm_head.weight, batch.targets, batch.answers).backward()
-
-
-def moved(batch: Batch, device: torch.device) -> Batch:
-    return Batch(*(tensor.to(device) for tensor in batch))
-
-
-def drawn_batch(vocab_size: int, batch_size: int, seq_len: int) -> Batch:
-    """Random tokens, the first half of each row prompt."""
-    generator = torch.Generator().manual_seed(0)
-    rows = torch.randint(vocab_size, (batch_size, seq_len + 1), generator=generator).tolist()
-    half = seq_len // 2
-    return collate([Example(row[:-1], [IGNORE] * half + row[half + 1 :]) for row in rows])
-
-
 def bench_train(given: argparse.Namespace, base: Model) -> dict[str, Any]:
     device = base.lm_head.weight.device
     moe = AdapterConfig(given.n_experts, given.top_k, given.rank, 2.0 * given.rank, tuple(given.targets.split(",")))
     lora = dataclasses.replace(moe, n_experts=1, top_k=1)
     config = TrainConfig(batch_size=given.batch_size, max_seq_len=given.seq_len, recompute=given.recompute)
+    matrix = torch.randn(2, *([4096 if device.type == "cuda" else 1024] * 2)).to(base.lm_head.weight)  # (2, n, n)
     steps: dict[str, Callable[[Batch], Any]] = {
-        "minidoctor": our_step(base, moe, config),
+        "minidoctor": our_step(base, moe, dataclasses.replace(config, compile=given.compile)),
         "minidoctor, no contrast": our_step(base, moe, dataclasses.replace(config, contrast_weight=0.0)),
         "minidoctor, plain LoRA": our_step(base, lora, config),
+        "minidoctor, a loop over experts": our_step(base, moe, config, looped=True),
         "frozen model": lambda batch: frozen_step(base, batch),
     }
-    if peers.installed("transformers", "peft"):
+    if given.compile:
+        steps["minidoctor, not compiled"] = our_step(base, moe, config)
+    if peers.known(base) and peers.installed("transformers", "peft"):
         steps["peft"] = peers.training_step(*peers.peft_lora(base, lora), config.lr, config.clip)
-    if peers.installed("transformers", "mixlora") and set(moe.targets) <= set(TARGETS):
+    if peers.known(base) and peers.installed("transformers", "mixlora") and set(moe.targets) <= set(TARGETS):
         steps["mixlora"] = peers.training_step(*peers.mixlora(base, moe), config.lr, config.clip)
     batches = {name: [drawn_batch(base.config.vocab_size, given.batch_size, given.seq_len)] for name in steps}
     if given.data:
@@ -126,12 +94,19 @@ def bench_train(given: argparse.Namespace, base: Model) -> dict[str, Any]:
     def contender(name: str) -> Callable[[], Any]:
         return lambda: [steps[name](batch) for batch in batches[name]]
 
-    seconds = alternate({name: contender(name) for name in steps}, given.rounds, device)
+    calls = {name: contender(name) for name in steps}
+    counter = FlopCounterMode(display=False)
+    with counter:
+        our_step(base, moe, dataclasses.replace(config, recompute=False))(batches["minidoctor"][0])
+    seconds = alternate({**calls, "matrix": lambda: matrix[0] @ matrix[1]}, given.rounds, device)
+    n_operations = counter.get_total_flops()
+    per_second = [2 * matrix.shape[1] ** 3 / s for s in seconds.pop("matrix")]
     count = {
         name: float(sum(len(b.answers) if given.data else int(b.real.sum()) for b in batches[name])) for name in steps
     }
     speed = rates(seconds, count)
     ours = speed["minidoctor"]
+    achieved = [n_operations / s for s in seconds["minidoctor"]]
     return {
         "unit": "answer tokens per second" if given.data else "tokens per second",
         "speed": {name: statistics.median(values) for name, values in speed.items()},
@@ -140,6 +115,10 @@ def bench_train(given: argparse.Namespace, base: Model) -> dict[str, Any]:
         "of_floor": ratio(ours, speed["frozen model"]),
         "moe_over_lora": ratio(speed["minidoctor, plain LoRA"], ours),
         "contrast_over_none": ratio(speed["minidoctor, no contrast"], ours),
+        "over_a_loop": ratio(ours, speed["minidoctor, a loop over experts"]),
+        "compiled_over_not": ratio(ours, speed["minidoctor, not compiled"]) if given.compile else None,
+        "matrix_tera_operations_per_second": statistics.median(per_second) / 1e12,
+        "mfu": None if given.data else ratio(achieved, per_second),
     }
 
 
@@ -163,12 +142,15 @@ def bench_sample(given: argparse.Namespace, base: Model) -> dict[str, Any]:
     prompt = torch.randint(base.config.vocab_size, (16,), generator=torch.Generator().manual_seed(0)).tolist()
     config = SampleConfig(max_new_tokens=given.new_tokens)
     stream = torch.ones(2**26, device=device)  # 256 MiB
+    ours = twin(base, compiled=given.compile).eval()
     calls: dict[str, Callable[[], Any]] = {
         "read": lambda: [stream.sum() for _ in range(8)],
-        "batch 1": lambda: sum(1 for _ in generate(base, [prompt], config, ())),
-        "batch 8": lambda: sum(1 for _ in generate(base, [prompt] * 8, config, ())),
+        "batch 1": lambda: sum(1 for _ in generate(ours, [prompt], config, ())),
+        "batch 8": lambda: sum(1 for _ in generate(ours, [prompt] * 8, config, ())),
     }
-    if peers.installed("transformers"):
+    if given.compile:
+        calls["batch 1, not compiled"] = lambda: sum(1 for _ in generate(base, [prompt], config, ()))
+    if peers.known(base) and peers.installed("transformers"):
         peer, tokens = peers.llama(base).eval(), torch.tensor([prompt], device=device)
         n = given.new_tokens
         calls["transformers"] = lambda: peer.generate(tokens, max_new_tokens=n, min_new_tokens=n, do_sample=False)
@@ -187,52 +169,7 @@ def bench_sample(given: argparse.Namespace, base: Model) -> dict[str, Any]:
         "ratio_to_transformers": ratio(speed["batch 1"], speed["transformers"]) if "transformers" in speed else None,
         "of_floor": ratio(speed["batch 1"], speed["read"]),
         "batch_8_over_1": ratio(speed["batch 8"], speed["batch 1"]),
-    }
-
-
-def peak_of(name: str, given: argparse.Namespace, found: Any) -> None:
-    """In a process of its own: the peak memory of three steps, in GiB, and what is held after more of them."""
-    torch.set_num_threads(given.threads)
-    base = base_of(given)
-    moe = AdapterConfig(given.n_experts, given.top_k, given.rank, 2.0 * given.rank, tuple(given.targets.split(",")))
-    config = TrainConfig(batch_size=given.batch_size, max_seq_len=given.seq_len, recompute=given.recompute)
-    batch = drawn_batch(base.config.vocab_size, given.batch_size, given.seq_len)
-    if name == "peft":
-        step = peers.training_step(*peers.peft_lora(base, dataclasses.replace(moe, n_experts=1, top_k=1)), 1e-3, 1.0)
-        del base
-    else:
-        step = our_step(base, moe, config)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten: building is not measured
-    held = []
-    for number in range(given.steps):
-        step(batch)
-        if number in (2, given.steps - 1):
-            held.append(status("VmHWM"))
-    found.put((held[0], held[-1]))
-
-
-def status(key: str) -> float:
-    """A size in GiB that Linux knows of this process."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key + ":"))
-    return int(line.split()[1]) / 2**20
-
-
-def bench_memory(given: argparse.Namespace) -> dict[str, Any]:
-    if not Path("/proc/self/clear_refs").exists():
-        raise ValueError("the peak memory of a process is measured on Linux only")
-    context, peaks = multiprocessing.get_context("spawn"), {}
-    for name in ["minidoctor", *(["peft"] if peers.installed("transformers", "peft") else [])]:
-        found = context.Queue()
-        process = context.Process(target=peak_of, args=(name, given, found))
-        process.start()
-        process.join()
-        if process.exitcode:
-            raise ValueError(f"{name} ended with code {process.exitcode}, perhaps for want of memory")
-        peaks[name] = found.get()
-    return {
-        "peak_gib": {name: peak for name, (peak, _) in peaks.items()},
-        f"peak_gib_after_{given.steps}_steps": {name: last for name, (_, last) in peaks.items()},
-        "ratio_to_peft": peaks["minidoctor"][0] / peaks["peft"][0] if "peft" in peaks else None,
+        "compiled_over_not": ratio(speed["batch 1"], speed["batch 1, not compiled"]) if given.compile else None,
     }
 
 
@@ -250,17 +187,6 @@ def bench_load(given: argparse.Namespace) -> dict[str, Any]:
     return {"seconds": {name: statistics.median(times) for name, times in seconds.items()}}
 
 
-def base_of(given: argparse.Namespace) -> Model:
-    """The checkpoint of --base, or random weights of SmolLM2's shape."""
-    device = choose_device(given.device)
-    dtype = choose_dtype(given.dtype, device)
-    if given.base:
-        return load_model(given.base, dtype, device).requires_grad_(False)
-    torch.manual_seed(0)
-    model = Model(dataclasses.replace(SMOLLM2, n_layers=given.layers)).to(device, dtype)
-    return model.requires_grad_(False).eval()
-
-
 def shown(value: Any) -> str:
     if isinstance(value, dict):
         return "  ".join(f"{key} {shown(inner)}" for key, inner in value.items())
@@ -272,8 +198,9 @@ def main() -> None:
         prog="python -m minidoctor.bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("what", choices=["train", "sample", "memory", "load"])
-    parser.add_argument("--base", help="checkpoint (default: random weights of SmolLM2-135M's shape)")
-    parser.add_argument("--layers", type=int, help="of the random model (default 10, sample: 30)")
+    parser.add_argument("--base", help="checkpoint (default: random weights of --shape)")
+    parser.add_argument("--shape", choices=SHAPES, default="smollm2", help="of the random model (default smollm2)")
+    parser.add_argument("--layers", type=int, help="of the random model (default 10, sample: all of the shape)")
     parser.add_argument("--data", help="train on batches of this file instead of drawn ones")
     parser.add_argument("--batch-size", type=int, help="(default 4, with --data 8)")
     parser.add_argument("--seq-len", type=int, help="(default 256, with --data 512 at most)")
@@ -285,12 +212,13 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--targets", default=",".join(TARGETS), help="layers with experts (default the feed-forward)")
     parser.add_argument("--recompute", action="store_true", help="as in train.py")
+    parser.add_argument("--compile", action="store_true", help="as in train.py and sample.py")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads (default all)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     parser.add_argument("--dtype", default="auto", help="auto, float32 or bfloat16")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     given = parser.parse_args()
-    given.layers = given.layers or (30 if given.what == "sample" else 10)
+    given.layers = given.layers or (SHAPES[given.shape].n_layers if given.what == "sample" else 10)
     given.batch_size = given.batch_size or (8 if given.data else 4)
     given.seq_len = given.seq_len or (512 if given.data else 256)
     for name in ("rounds", "threads", "batch_size", "layers", "new_tokens"):
@@ -302,7 +230,9 @@ def main() -> None:
     machine = f"{given.device}, {given.threads} threads, {platform.machine()}, torch {torch.__version__}"
     ran = {key: value for key, value in vars(given).items() if value not in (None, False)}
     if given.what in ("train", "sample"):
-        found = {"train": bench_train, "sample": bench_sample}[given.what](given, base_of(given))
+        found = {"train": bench_train, "sample": bench_sample}[given.what](
+            given, base_of(given.base, given.shape, given.layers, given.device, given.dtype)
+        )
     else:
         found = {"memory": bench_memory, "load": bench_load}[given.what](given)
     result = {"ran": ran, "machine": machine, **found}

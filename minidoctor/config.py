@@ -129,6 +129,9 @@ class AdapterConfig:
         )
 
 
+COMPILE = "make machine code of the model's blocks (torch.compile): half a minute at first, then faster"
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """One fine-tuning run."""
@@ -143,6 +146,7 @@ class TrainConfig:
     batch_size: int = flag(32, "examples in a step")
     accumulate: int = flag(1, "parts that a batch is computed in: less memory, the same language-model gradient")
     recompute: bool = flag(False, "keep no activations inside a block, compute them again: less memory, more time")
+    compile: bool = flag(False, COMPILE)
     max_seq_len: int = flag(256, "longest example in tokens; longer ones are cut")
     lr: float = flag(2e-3, "peak learning rate")
     warmup: int = flag(20, "steps until the peak; after it a cosine down to a tenth of it")

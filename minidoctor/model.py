@@ -264,6 +264,20 @@ class Model(nn.Module):
         return self.lm_head(hidden), routings
 
 
+def compile_blocks(model: Model) -> None:
+    """From now on the blocks run as machine code made for them, with the same results up to rounding.
+
+    It is made when a block first meets tokens of a kind (one or many, with a cache or without), in some seconds each,
+    and once for all blocks, which are alike. Raises ValueError where nothing can be compiled.
+    """
+    try:
+        torch.compile(torch.sin)(torch.zeros(2, device=model.lm_head.weight.device))
+    except Exception as error:  # of many kinds: no compiler, one that is too old, a system that is not supported
+        raise ValueError(f"--compile does not work here: {error}".splitlines()[0]) from error
+    for layer in model.model.layers:
+        layer.compile(dynamic=True)  # lengths change from batch to batch, and in writing from token to token
+
+
 def is_adapter_name(name: str) -> bool:
     return ".router." in name or name.endswith((".lora_a", ".lora_b"))
 

@@ -24,13 +24,17 @@ def installed(*packages: str) -> bool:
     return all(find_spec(package) for package in packages)
 
 
+def known(model: Model) -> bool:
+    """Whether it is a plain Llama: only that is built for the peers."""
+    c = model.config
+    return not (c.qkv_bias or c.qk_norm or c.window or c.rope_scaling)
+
+
 def llama(model: Model) -> Any:
-    """The same frozen model in `transformers`. Raises ValueError for what its Llama does not have."""
+    """The same frozen model in `transformers`."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     c = model.config
-    if c.qkv_bias or c.qk_norm or c.window or c.rope_scaling:
-        raise ValueError("the peers are timed on a Llama; this base is of another family")
     config = LlamaConfig(
         vocab_size=c.vocab_size, hidden_size=c.dim, intermediate_size=c.ffn_dim, num_hidden_layers=c.n_layers,
         num_attention_heads=c.n_heads, num_key_value_heads=c.n_kv_heads, head_dim=c.head_dim,

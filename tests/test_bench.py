@@ -1,20 +1,23 @@
+import dataclasses
 import json
+import shutil
 import sys
 
 import pytest
 import torch
 
 from minidoctor import bench, peers
-from minidoctor.config import AdapterConfig, TrainConfig, run
-from minidoctor.losses import language_model_loss
-from minidoctor.model import Model
+from minidoctor.config import ModelConfig, run
+from minidoctor.contenders import SHAPES
+from minidoctor.peaks import FORGET
 
-SHAPE = {"vocab_size": 60, "dim": 16, "n_heads": 2, "n_kv_heads": 1, "head_dim": 8, "ffn_dim": 24, "max_seq_len": 64}
+SHAPE = ModelConfig(60, 16, 2, 2, 1, 8, 24, 64)
 
 
 @pytest.fixture
 def small(monkeypatch):
-    monkeypatch.setattr(bench, "SMOLLM2", bench.ModelConfig(n_layers=2, **SHAPE))
+    monkeypatch.setitem(SHAPES, "smollm2", SHAPE)
+    monkeypatch.setitem(SHAPES, "qwen3-4b", dataclasses.replace(SHAPE, qk_norm=True))
 
 
 def call(monkeypatch, capsys, *words):
@@ -23,15 +26,35 @@ def call(monkeypatch, capsys, *words):
     return capsys.readouterr().out
 
 
+needs_a_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler")
+
+
+@needs_a_compiler
+def test_compiled_contenders_run_beside_those_that_are_not(small, monkeypatch, capsys):
+    words = ["train", "--layers", 2, "--seq-len", 16, "--batch-size", 2, "--rounds", 1, "--rank", 2, "--compile"]
+    assert json.loads(call(monkeypatch, capsys, *words, "--json"))["compiled_over_not"]["median"] > 0
+
+
 def test_training_is_compared_and_printed_as_one_object(small, monkeypatch, capsys):
     words = ["train", "--layers", 2, "--seq-len", 16, "--batch-size", 2, "--rounds", 2, "--rank", 2, "--json"]
     result = json.loads(call(monkeypatch, capsys, *words))
     assert {"ratio_to_peft", "ratio_to_mixlora", "of_floor", "moe_over_lora"} <= set(result)
     assert result["ratio_to_peft"] is None or peers.installed("transformers", "peft")
-    for name in ("of_floor", "moe_over_lora", "contrast_over_none"):
+    for name in ("of_floor", "moe_over_lora", "contrast_over_none", "over_a_loop", "mfu"):
         of = result[name]
         assert 0 < of["least"] <= of["median"] <= of["greatest"]
     assert result["ran"]["seq_len"] == 16
+
+
+def test_the_code_of_the_gpu_tables_runs_in_bfloat16_without_peers_for_another_family(small, monkeypatch, capsys):
+    words = ["--shape", "qwen3-4b", "--layers", 2, "--dtype", "bfloat16", "--rounds", 1, "--json"]
+    words_of_training = ["train", *words, "--seq-len", 16, "--batch-size", 2, "--recompute"]
+    result = json.loads(call(monkeypatch, capsys, *words_of_training))
+    assert result["ratio_to_peft"] is None
+    assert result["mfu"]["median"] > 0
+    result = json.loads(call(monkeypatch, capsys, "sample", *words, "--new-tokens", 3))
+    assert result["dtype"] == "torch.bfloat16"
+    assert result["ratio_to_transformers"] is None
 
 
 def test_questions_of_a_file_are_timed_by_their_answer_tokens(base_dir, rows_file, monkeypatch, capsys):
@@ -52,11 +75,12 @@ def test_sampling_and_loading_are_measured(base_dir, monkeypatch, capsys):
     assert "first token" in call(monkeypatch, capsys, "load", "--base", base_dir, "--rounds", 1)
 
 
-@pytest.mark.skipif(not bench.Path("/proc/self/clear_refs").exists(), reason="Linux only")
+@pytest.mark.skipif(not FORGET.exists(), reason="Linux only")
 def test_peak_memory_is_that_of_the_steps_in_a_process_of_its_own(base_dir, monkeypatch, capsys):
     words = ["memory", "--base", base_dir, "--seq-len", 16, "--batch-size", 2, "--steps", 4, "--rank", 2, "--json"]
     result = json.loads(call(monkeypatch, capsys, *words))
     assert 0.05 < result["peak_gib"]["minidoctor"] < 3
+    assert set(result["contrast_and_queue_gib_by_tokens"]) == {"1024", "4096", "16384", "65536"}
 
 
 def test_a_ratio_is_that_of_single_rounds():
@@ -70,38 +94,3 @@ def test_contenders_take_turns():
     )
     assert called == ["a", "b"] * 3
     assert [len(times) for times in seconds.values()] == [2, 2]  # the first round warms up
-
-
-def test_the_floor_walks_back_to_the_embeddings_and_trains_nothing():
-    base = Model(bench.ModelConfig(n_layers=2, **SHAPE)).requires_grad_(False)
-    batch = bench.drawn_batch(60, 2, 8)
-    assert len(batch.answers) == 8
-    bench.frozen_step(base, batch)
-    assert all(p.grad is None for p in base.parameters())
-
-
-def test_our_step_shares_the_frozen_weights_and_trains_only_its_own():
-    base = Model(bench.ModelConfig(n_layers=2, **SHAPE)).requires_grad_(False)
-    before = {name: p.clone() for name, p in base.named_parameters()}
-    step = bench.our_step(base, AdapterConfig(4, 2, 2), TrainConfig(queue_capacity=4, queue_share=2, warmup=0))
-    batch = bench.drawn_batch(60, 2, 8)
-    losses = [float(step(batch).losses["lm"]) for _ in range(20)]
-    assert losses[-1] < 0.9 * losses[0]
-    assert all(torch.equal(p, before[name]) for name, p in base.named_parameters())
-
-
-def test_the_peers_have_the_same_loss_at_step_0():
-    pytest.importorskip("peft")
-    base = Model(bench.ModelConfig(n_layers=2, **SHAPE)).requires_grad_(False)
-    adapter = AdapterConfig(4, 2, 2, targets=bench.TARGETS)
-    batch = bench.drawn_batch(60, 2, 8)
-    hidden, _ = base.hidden(batch.tokens)
-    # They shift the labels themselves and so never learn the last token of a row.
-    kept = batch.answers[batch.answers % 8 != 7]
-    expected = language_model_loss(hidden, base.lm_head.weight, batch.targets, kept) / len(kept)
-    makers = [peers.peft_lora] + [peers.mixlora] * peers.installed("mixlora")
-    for make in makers:
-        step = peers.training_step(*make(base, adapter), 1e-2, 1.0)
-        first = step(batch)
-        torch.testing.assert_close(first, expected)
-        assert step(batch) < first

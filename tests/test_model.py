@@ -1,3 +1,5 @@
+import shutil
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,7 +10,17 @@ from torch import nn
 from minidoctor.config import AdapterConfig, ModelConfig, SampleConfig
 from minidoctor.files import read_header, read_tensors
 from minidoctor.generate import generate
-from minidoctor.model import KVCache, Model, adapter_state, is_adapter_name, rotary_frequencies, rotary_table, rotate
+from minidoctor.model import (
+    KVCache,
+    Model,
+    adapter_state,
+    compile_blocks,
+    is_adapter_name,
+    rotary_frequencies,
+    rotary_table,
+    rotate,
+    trained_weights,
+)
 from minidoctor.weights import load_model, save_model
 
 TINY = ModelConfig(vocab_size=50, dim=32, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=8, ffn_dim=48)
@@ -197,3 +209,33 @@ def test_parameter_names_are_those_of_the_checkpoint(family):
     ours = set(load_model(FIXTURES / family).state_dict())
     packed = {name.replace("W_pack", part) for name in stored for part in ("q_proj", "k_proj", "v_proj")}
     assert ours == packed | (ours & {"lm_head.weight"})
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler")
+def test_compiled_blocks_compute_the_same():
+    plain = tiny_model(AdapterConfig(4, 2, 2, targets=EVERYWHERE, routing_dim=8))
+    compiled = deepcopy(plain)
+    compile_blocks(compiled)
+    assert compiled.state_dict().keys() == plain.state_dict().keys()
+    for n_rows, n_tokens in ((3, 9), (2, 14)):
+        tokens = torch.randint(0, 50, (n_rows, n_tokens))
+        results = []
+        for model in (plain, compiled):
+            model.zero_grad()
+            logits, routings = model(tokens)
+            logits.logsumexp(-1).mean().backward()
+            results.append((logits, routings[0].gates, {n: p.grad for n, p in trained_weights(model).items()}))
+        # Not to the last bits: what is computed in one go is not rounded in between.
+        torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-4)
+    prompts, config = [[4, 8, 15], [16, 23, 42, 7, 9]], SampleConfig(max_new_tokens=12)
+    written = [list(generate(model, prompts, config, ())) for model in (plain, compiled)]
+    assert written[0] == written[1]
+
+
+def test_where_nothing_can_be_compiled_it_is_said(monkeypatch):
+    def broken(*_):
+        raise RuntimeError("no compiler\nand more lines")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    with pytest.raises(ValueError, match=r"--compile does not work here: no compiler$"):
+        compile_blocks(tiny_model())
