@@ -10,6 +10,7 @@ back, and the vocabulary matrix meets the answer positions alone. Nothing waits 
 
 import math
 import random
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from minidoctor.expert_queue import ExpertQueue
 from minidoctor.losses import contrastive_routing_loss, language_model_loss, load_balance_loss
 from minidoctor.metrics import Figures
 from minidoctor.model import Model, trained_weights
-from minidoctor.router import Router
+from minidoctor.router import Router, Routing
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
@@ -45,6 +46,9 @@ def make_optimizer(model: Model, config: TrainConfig) -> torch.optim.Optimizer:
     return optimizer
 
 
+Auxiliary = Callable[[Batch, list[Routing], Tensor], Tensor]
+
+
 def train_step(
     model: Model,
     optimizer: torch.optim.Optimizer,
@@ -52,10 +56,12 @@ def train_step(
     parts: list[Batch],
     step: int,
     config: TrainConfig,
+    more: Auxiliary | None = None,
 ) -> Figures:
     """One optimizer step on a batch given in parts; the language-model gradient is that of the whole batch.
 
-    (Load balance and contrast are not sums over tokens: with several parts they are means over the parts.)
+    (Load balance and contrast are not sums over tokens: with several parts they are means over the parts.) `more` is a
+    loss that is being studied: of the batch, the routings and the anchors, weighted like the contrast.
     """
     device = model.lm_head.weight.device
     # A generator for each step: what it draws does not depend on what ran before, so nothing need be saved.
@@ -63,6 +69,7 @@ def train_step(
     n_answers = sum(len(batch.answers) for batch in parts)
     warm = min(1.0, (step + 1) / max(1, config.contrast_warmup))
     weights = {"lm": 1.0, "balance": config.balance_weight, "contrast": config.contrast_weight * warm}
+    weights["more"] = weights["contrast"]
     losses = {"loss": torch.zeros((), device=device)}
     served: list[tuple[Tensor, Tensor]] = []  # routing vectors and first choices of the anchors
 
@@ -84,6 +91,8 @@ def train_step(
             if queue:
                 contrast = contrastive_routing_loss(z, gates, queue.keys, queue.filled(), config.contrast_temperature)
                 new["contrast"] = contrast / len(parts)
+            if more:
+                new["more"] = more(batch, routings, anchors) / len(parts)
         total = torch.stack([weights[name] * loss for name, loss in new.items()]).sum()
         total.backward()
         for name, loss in {"loss": total, **new}.items():
