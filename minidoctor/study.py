@@ -374,7 +374,10 @@ def main() -> None:
         names = quick_variants
     if unknown := [name for name in names if name not in VARIANTS]:
         raise ValueError(f"no variant {unknown[0]!r}; there are {'; '.join(VARIANTS)}")
-    n_seeds = given["seeds"] or (2 if given["quick"] else 5)
+    n_seeds = (2 if given["quick"] else 5) if given["seeds"] is None else given["seeds"]
+    for flag_name, value in (("seeds", n_seeds), ("jobs", given["jobs"])):
+        if value < 1:
+            raise ValueError(f"--{flag_name} must be at least 1, got {value}")
     out = Path(given["out"] or ("study_quick" if given["quick"] else "study"))
     study(out, names, n_seeds, given["jobs"], config)
 

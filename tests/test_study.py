@@ -1,0 +1,128 @@
+import json
+import math
+import statistics
+import sys
+
+import pytest
+import torch
+
+from minidoctor import study
+from minidoctor.config import AdapterConfig, run
+from minidoctor.model import Model, adapter_state
+from minidoctor.study import BASELINE, VARIANTS, StudyConfig, adapter_of, mean_of, path_of, summary_of, table
+
+QUEUE = "+ balance + contrast with the queue"
+
+
+@pytest.fixture
+def settings(base_dir, rows_file):
+    rows = [
+        {"question": f"gout {i}?", "answer": "uric acid", "topic": "ab"[i % 4 // 2]} if i % 2 else
+        {"question": f"痛风 {i}？", "answer": "B", "options": {"A": "哮喘", "B": "尿酸"}, "topic": "c"}
+        for i in range(24)
+    ]  # fmt: skip
+    path = str(rows_file(*rows))
+    sizes = {"n_experts": 4, "rank": 2, "queue_capacity": 8, "targets": ("up_proj", "down_proj")}
+    return StudyConfig(base=str(base_dir), data=path, eval=path, steps=4, batch_size=4, eval_rows=8, **sizes)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_variant_runs_and_is_measured(name, settings):
+    found = study.run_one(name, 0, settings)
+    assert 0 <= found["right"] <= 1
+    assert found["right"] == pytest.approx((found["open"] + found["choice"]) / 2)
+    assert found["nll"] > 0
+    assert ("topic_bits" in found) == (VARIANTS[name].experts and not VARIANTS[name].rank_like)
+    assert study.run_one(name, 0, settings)["nll"] == found["nll"]  # the same seed, the same adapter
+
+
+def test_variants_of_one_seed_see_the_same_batches_and_start_from_the_same_experts(settings, monkeypatch):
+    seen, original, upper = {BASELINE: [], QUEUE: []}, study.train_step, "model.layers.0.mlp.up_proj.lora_a"
+
+    def spy(model, optimizer, queue, parts, *others):
+        seen[QUEUE if queue else BASELINE].append((parts[0].tokens, adapter_state(model)[upper].clone()))
+        return original(model, optimizer, queue, parts, *others)
+
+    monkeypatch.setattr(study, "train_step", spy)
+    for name in seen:
+        study.run_one(name, 1, settings)
+    assert all(torch.equal(a, b) for (a, _), (b, _) in zip(*seen.values(), strict=True))
+    assert torch.equal(*(steps[0][1] for steps in seen.values()))
+    assert not torch.equal(*(steps[-1][1] for steps in seen.values()))  # and the contrast does something
+
+
+def test_plain_lora_has_as_many_weights(config):
+    base, settings = Model(config), StudyConfig(n_experts=4, rank=3)
+    n = {
+        name: sum(p.numel() for p in adapter_state(Model(config, adapter_of(VARIANTS[name], settings, base))).values())
+        for name in ("LoRA, same trained weights", BASELINE)
+    }
+    one = sum(p.numel() for p in adapter_state(Model(config, AdapterConfig(1, 1, 1))).values())
+    assert abs(n["LoRA, same trained weights"] - n[BASELINE]) <= one / 2
+    active = adapter_of(VARIANTS["LoRA, same active weights"], settings, base)
+    assert (active.n_experts, active.rank, active.alpha) == (1, 6, 12.0)
+
+
+def test_the_interval_is_students():
+    # Five values of mean 3 and standard deviation sqrt(2.5): 3 +- 2.776 sqrt(2.5 / 5)
+    found = mean_of([1.0, 2.0, 3.0, 4.0, 5.0])
+    assert found["mean"] == 3
+    assert found["interval"] == pytest.approx([3 - 2.776 * math.sqrt(0.5), 3 + 2.776 * math.sqrt(0.5)])
+    assert mean_of([0.5]) == {"mean": 0.5, "interval": None}
+
+
+def made_runs():
+    generator = torch.Generator().manual_seed(0)
+    runs = []
+    for seed in range(4):
+        luck = torch.rand((), generator=generator).item()
+        for name, gain in ((BASELINE, 0.0), (QUEUE, 0.02), ("LoRA, same trained weights", -0.1)):
+            value = 0.4 + 0.1 * luck + gain
+            runs.append({"variant": name, "seed": seed, "right": value, "nll": 1.0, "trained_weights": 10,
+                         "step_seconds": 1.0, "peak_memory_gib": 1.0})  # fmt: skip
+    return runs
+
+
+def test_differences_are_taken_seed_by_seed():
+    found = summary_of(made_runs())
+    difference = found["differences"][BASELINE][QUEUE]["right"]
+    assert difference["mean"] == pytest.approx(0.02)
+    assert difference["interval"] == pytest.approx([0.02, 0.02])  # the seeds' luck cancels
+    low, high = found["measures"][QUEUE]["right"]["interval"]
+    assert high - low > 0.01
+    assert "+2.0" in table(found) or "2.0 ±0.0" in table(found)
+
+
+def test_a_study_goes_on_with_what_is_missing(settings, tmp_path, monkeypatch, capsys):
+    first = study.study(tmp_path / "s", [BASELINE], 1, 1, settings)
+    stamp = path_of(tmp_path / "s", BASELINE, 0).stat().st_mtime_ns
+    both = study.study(tmp_path / "s", [BASELINE, QUEUE], 1, 1, settings)
+    assert path_of(tmp_path / "s", BASELINE, 0).stat().st_mtime_ns == stamp
+    assert both["runs"][0] == first["runs"][0]
+    assert json.loads((tmp_path / "s" / "study.json").read_text())["runs"] == both["runs"]
+    assert QUEUE in capsys.readouterr().out
+    words = ["--out", tmp_path / "s", "--base", settings.base, "--data", settings.data, "--eval", settings.eval]
+    monkeypatch.setattr(sys, "argv", ["study", *map(str, words), "--steps", "7"])
+    with pytest.raises(SystemExit):
+        run(study.main)
+    assert "a run with other settings" in capsys.readouterr().err
+
+
+def test_words_of_a_careless_user(monkeypatch, capsys, tmp_path):
+    for words, said in (
+        (["--variants", "no such"], "no variant 'no such'"),
+        (["--data", "nowhere.jsonl"], "nowhere.jsonl: no such file"),
+        (["--seeds", "-1"], "--seeds must be at least 1"),
+        (["--jobs", "0"], "--jobs must be at least 1"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["study", "--out", str(tmp_path / "s"), *words])
+        with pytest.raises(SystemExit):
+            run(study.main)
+        assert said in capsys.readouterr().err
+
+
+def test_loss_alone_is_that_of_the_step(settings):
+    found = study.run_one(BASELINE, 0, StudyConfig(**{**settings.__dict__, "loss_only": True}))
+    assert "right" not in found
+    assert found["nll"] == pytest.approx(study.run_one(BASELINE, 0, settings)["nll"], rel=1e-4)
+    assert statistics.fmean([found["nll"]]) > 0
