@@ -6,10 +6,11 @@ import sys
 import pytest
 import torch
 
-from minidoctor import study
+from minidoctor import study, trial
 from minidoctor.config import AdapterConfig, run
 from minidoctor.model import Model, adapter_state
-from minidoctor.study import BASELINE, VARIANTS, StudyConfig, adapter_of, mean_of, path_of, summary_of, table
+from minidoctor.study import mean_of, path_of, summary_of, table
+from minidoctor.trial import BASELINE, VARIANTS, StudyConfig, adapter_of, run_one
 
 QUEUE = "+ balance + contrast with the queue"
 
@@ -28,24 +29,24 @@ def settings(base_dir, rows_file):
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_every_variant_runs_and_is_measured(name, settings):
-    found = study.run_one(name, 0, settings)
+    found = run_one(name, 0, settings)
     assert 0 <= found["right"] <= 1
     assert found["right"] == pytest.approx((found["open"] + found["choice"]) / 2)
     assert found["nll"] > 0
     assert ("topic_bits" in found) == (VARIANTS[name].experts and not VARIANTS[name].rank_like)
-    assert study.run_one(name, 0, settings)["nll"] == found["nll"]  # the same seed, the same adapter
+    assert run_one(name, 0, settings)["nll"] == found["nll"]  # the same seed, the same adapter
 
 
 def test_variants_of_one_seed_see_the_same_batches_and_start_from_the_same_experts(settings, monkeypatch):
-    seen, original, upper = {BASELINE: [], QUEUE: []}, study.train_step, "model.layers.0.mlp.up_proj.lora_a"
+    seen, original, upper = {BASELINE: [], QUEUE: []}, trial.train_step, "model.layers.0.mlp.up_proj.lora_a"
 
     def spy(model, optimizer, queue, parts, *others):
         seen[QUEUE if queue else BASELINE].append((parts[0].tokens, adapter_state(model)[upper].clone()))
         return original(model, optimizer, queue, parts, *others)
 
-    monkeypatch.setattr(study, "train_step", spy)
+    monkeypatch.setattr(trial, "train_step", spy)
     for name in seen:
-        study.run_one(name, 1, settings)
+        run_one(name, 1, settings)
     assert all(torch.equal(a, b) for (a, _), (b, _) in zip(*seen.values(), strict=True))
     assert torch.equal(*(steps[0][1] for steps in seen.values()))
     assert not torch.equal(*(steps[-1][1] for steps in seen.values()))  # and the contrast does something
@@ -122,7 +123,7 @@ def test_words_of_a_careless_user(monkeypatch, capsys, tmp_path):
 
 
 def test_loss_alone_is_that_of_the_step(settings):
-    found = study.run_one(BASELINE, 0, StudyConfig(**{**settings.__dict__, "loss_only": True}))
+    found = run_one(BASELINE, 0, StudyConfig(**{**settings.__dict__, "loss_only": True}))
     assert "right" not in found
-    assert found["nll"] == pytest.approx(study.run_one(BASELINE, 0, settings)["nll"], rel=1e-4)
+    assert found["nll"] == pytest.approx(run_one(BASELINE, 0, settings)["nll"], rel=1e-4)
     assert statistics.fmean([found["nll"]]) > 0

@@ -1,0 +1,242 @@
+"""One run of a study: a variant of the fine-tuning, a seed, and all that is measured of it.
+
+open      answers to open questions that contain the fact (chance: 0)
+choice    multiple choice by the options' text (chance: a quarter)
+moved     share of tokens whose first expert changed in the last quarter of the training
+"""
+
+import dataclasses
+import math
+import resource
+import statistics
+import sys
+import time
+from typing import Any
+
+import torch
+
+from minidoctor.answers import evaluate
+from minidoctor.config import TARGETS, AdapterConfig, EvalConfig, TrainConfig, check_range, flag
+from minidoctor.data import IGNORE, Batches, Example, Row, collate, encode, read_rows
+from minidoctor.forms import Balanced, ByLabel, ByQuestion, InBatch, Outputs
+from minidoctor.losses import language_model_loss
+from minidoctor.model import Model, adapter_state, trained_weights
+from minidoctor.specialization import Served, by_label, likeness, load_of, served
+from minidoctor.step import make_optimizer, make_queue, train_step
+from minidoctor.tokenizer import load_tokenizer
+from minidoctor.weights import load_model
+
+
+@dataclasses.dataclass(frozen=True)
+class StudyConfig:
+    """What all runs of a study have in common."""
+
+    base: str = flag("data/base", "checkpoint directory of the frozen base model")
+    data: str = flag("data/train.jsonl", "questions to learn from")
+    eval: str = flag("data/heldout.jsonl", "questions to evaluate on (data/dev.jsonl while choosing)")
+    steps: int = flag(100, "optimizer steps of a run")
+    batch_size: int = flag(32, "examples in a step")
+    max_seq_len: int = flag(256, "longest example in tokens")
+    eval_rows: int = flag(0, "evaluate on so many questions, evenly spaced in the file (0: all)")
+    loss_only: bool = flag(False, "measure the loss alone, write no answers: for long answers")
+    n_experts: int = flag(8, "LoRA experts of each adapted layer")
+    top_k: int = flag(2, "experts that serve one token")
+    rank: int = flag(2, "rank of one expert")
+    targets: tuple[str, ...] = flag(tuple(TARGETS), "linear layers that get experts")
+    # The rates are the best of 0.002, 0.004, 0.008 and 0.016 (full: 0.0005 and 0.001) on data/dev.jsonl, seed 0.
+    lr: float = flag(8e-3, "peak learning rate of experts")
+    lora_lr: float = flag(8e-3, "peak learning rate of plain LoRA with the same trained weights")
+    active_lr: float = flag(1.6e-2, "peak learning rate of plain LoRA with the same active weights")
+    full_lr: float = flag(1e-3, "peak learning rate of full fine-tuning")
+    balance_weight: float = flag(0.03, "weight of the load-balance loss, where it is on")
+    contrast_weight: float = flag(0.01, "weight of a contrast, where one is on")
+    temperature: float = flag(0.1, "temperature of a contrast")
+    queue_capacity: int = flag(64, "routing vectors remembered for each router and expert")
+
+    def __post_init__(self) -> None:
+        check_range(self, "steps", "batch_size", "n_experts", "top_k", "rank", "queue_capacity")
+        check_range(self, "max_seq_len", low=2)
+        check_range(self, "eval_rows", low=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    experts: bool = True
+    rank_like: str = ""  # plain LoRA with as many weights as the experts have "trained" or "active"
+    balance: bool = True
+    contrast: bool = False
+    form: str = ""  # another form of the contrast
+
+
+VARIANTS = {
+    "full fine-tuning": Variant(experts=False),
+    "LoRA, same trained weights": Variant(rank_like="trained"),
+    "LoRA, same active weights": Variant(rank_like="active"),
+    "LoRA-MoE": Variant(balance=False),
+    "+ balance": Variant(),
+    "+ balance + contrast in the batch": Variant(form="batch"),
+    "+ balance + contrast with the queue": Variant(contrast=True),
+    "+ balance + contrast by topic": Variant(form="topic"),
+    "+ balance + contrast by question": Variant(form="question"),
+    "+ balance + contrast of balanced choices": Variant(form="balanced"),
+    "+ balance + contrast of outputs": Variant(form="outputs"),
+}
+BASELINE = "+ balance"
+
+
+def adapter_of(variant: Variant, config: StudyConfig, base: Model) -> AdapterConfig | None:
+    """The alpha of each is twice its rank: an update is scaled alike whatever the rank."""
+    if not variant.experts:
+        return None
+    moe = AdapterConfig(config.n_experts, config.top_k, config.rank, 2.0 * config.rank, config.targets)
+    if not variant.rank_like:
+        return moe
+    rank = config.top_k * config.rank
+    if variant.rank_like == "trained":
+        with torch.device("meta"):
+            n_moe, n_one = (
+                sum(p.numel() for p in adapter_state(Model(base.config, adapter)).values())
+                for adapter in (moe, AdapterConfig(1, 1, 1, 2.0, config.targets))
+            )
+        rank = round(n_moe / n_one)
+    return AdapterConfig(1, 1, rank, 2.0 * rank, config.targets)
+
+
+def train_config(variant: Variant, config: StudyConfig, seed: int) -> TrainConfig:
+    rates = {"": config.lr, "trained": config.lora_lr, "active": config.active_lr}
+    return TrainConfig(
+        steps=config.steps,
+        batch_size=config.batch_size,
+        max_seq_len=config.max_seq_len,
+        lr=rates[variant.rank_like] if variant.experts else config.full_lr,
+        warmup=min(20, config.steps // 5),
+        balance_weight=config.balance_weight * variant.balance,
+        contrast_weight=config.contrast_weight * (variant.contrast or bool(variant.form)),
+        contrast_temperature=config.temperature,
+        contrast_warmup=config.steps // 4,
+        queue_capacity=config.queue_capacity,
+        queue_share=min(8, config.queue_capacity),
+        seed=seed,
+    )
+
+
+def form_of(name: str, model: Model, train: TrainConfig, n_topics: int) -> Any:
+    adapter = model.adapter
+    assert adapter
+    n_layers = sum(key.endswith("router.scale") for key in adapter_state(model))
+    temperature, capacity = train.contrast_temperature, train.queue_capacity
+    if name == "topic":
+        capacity = max(train.queue_share, capacity * adapter.n_experts // n_topics)  # as many keys in all
+        return ByLabel(temperature, n_layers, n_topics, capacity, adapter.routing_dim, train.queue_share)
+    if name == "balanced":
+        size = n_layers, adapter.n_experts, capacity, adapter.routing_dim
+        return Balanced(temperature, *size, train.queue_share)
+    if name == "outputs":
+        return Outputs(model, temperature)
+    return {"batch": InBatch, "question": ByQuestion}[name](temperature)
+
+
+def rows_of(config: StudyConfig) -> list[Row]:
+    rows = read_rows(config.eval)
+    n = config.eval_rows or len(rows)
+    return [rows[i * len(rows) // n] for i in range(min(n, len(rows)))]
+
+
+def run_one(name: str, seed: int, config: StudyConfig) -> dict[str, Any]:
+    """One fine-tuning and all that is measured of it."""
+    variant = VARIANTS[name]
+    torch.manual_seed(seed)
+    base = load_model(config.base)
+    tokenizer = load_tokenizer(config.base)
+    adapter = adapter_of(variant, config, base)
+    model = load_model(config.base, adapter=adapter) if adapter else base.requires_grad_(True)
+    train = train_config(variant, config, seed)
+    rows, tested = read_rows(config.data), rows_of(config)
+    examples = [encode(row.messages, tokenizer, config.max_seq_len) for row in rows]
+    topics = sorted({row.topic for row in rows})
+    topic = {id(example): topics.index(row.topic) for example, row in zip(examples, rows, strict=True)}
+    learned = [example for example in examples if max(example.targets) != IGNORE]
+    batches = Batches(learned, config.batch_size, seed).starting_at(0)
+    optimizer = make_optimizer(model, train)
+    form = form_of(variant.form, model, train, len(topics)) if variant.form else None
+    queue = None if form else make_queue(model, train)
+    routed = adapter is not None and adapter.n_experts > 1
+    before: Served | None = None
+
+    seconds = []
+    model.train()
+    for step in range(config.steps):
+        ordered = sorted(next(batches), key=lambda example: len(example.tokens))
+        if isinstance(form, ByLabel):
+            form.of_row = torch.tensor([topic[id(example)] for example in ordered])
+        start = time.perf_counter()
+        figures = train_step(model, optimizer, queue, [collate(ordered)], step, train, form)
+        seconds.append(time.perf_counter() - start)
+        if routed and step + 1 == config.steps * 3 // 4:
+            before = served(model, tokenizer, tested)
+    model.eval()
+    last = {key: loss.item() for key, loss in figures.losses.items()}
+    if not all(map(math.isfinite, last.values())):
+        raise FloatingPointError(f"{name}, seed {seed}: a loss is not finite: {last}")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 2**30
+    if config.loss_only:
+        found = {"nll": nll_of(model, [encode(row.messages, tokenizer, config.max_seq_len) for row in tested])}
+    else:
+        ways = EvalConfig(score=("text", "loss"))
+        found = figures_of(evaluate(model, tokenizer, tested, show_progress=False, config=ways)["predictions"])
+    return {
+        "variant": name,
+        "seed": seed,
+        "trained_weights": sum(p.numel() for p in trained_weights(model).values()),
+        **found,
+        "train_loss": last["lm"],
+        "step_seconds": statistics.median(seconds),
+        "peak_memory_gib": peak,
+        **(routing_of(model, tested, served(model, tokenizer, tested), before) if routed else {}),
+    }
+
+
+@torch.inference_mode()
+def nll_of(model: Model, examples: list[Example]) -> float:
+    """Nats per answer token."""
+    total, n_tokens = 0.0, 0
+    for start in range(0, len(examples), 8):
+        batch = collate(examples[start : start + 8])
+        hidden, _ = model.hidden(batch.tokens)  # (B, T, D)
+        total += language_model_loss(hidden, model.lm_head.weight, batch.targets, batch.answers).item()
+        n_tokens += len(batch.answers)
+    return total / n_tokens
+
+
+def figures_of(predictions: list[dict[str, Any]]) -> dict[str, float]:
+    """Shares of right answers, of all questions, each kind and each language, and nats per answer token."""
+    groups: dict[str, list[bool]] = {}
+    for p in predictions:
+        kind = "choice" if p["n_options"] else "open"
+        for group in ("right", kind, p["language"], f"{kind}_{p['language']}"):
+            groups.setdefault(group, []).append(p["correct"])
+    n_tokens = sum(p["n_tokens"] for p in predictions)
+    return {
+        **{name: sum(marks) / len(marks) for name, marks in sorted(groups.items())},
+        "nll": sum(p["nll"] for p in predictions) / n_tokens,
+    }
+
+
+def routing_of(model: Model, rows: list[Row], after: Served, before: Served | None) -> dict[str, float]:
+    assert model.adapter
+    n_experts = model.adapter.n_experts
+    load = load_of(after, n_experts)
+    topic = by_label(after, [row.topic for row in rows], n_experts)
+    language = by_label(after, [row.language for row in rows], n_experts)
+    moved = (after.expert_ids != before.expert_ids).double().mean().item() if before else math.nan
+    return {
+        "load_entropy": load["entropy"],
+        "starved": load["starved"],
+        "least_load": load["least"],
+        "topic_bits": topic["bits"],
+        "topic_bits_shuffled": topic["shuffled"],
+        "language_bits": language["bits"],
+        "language_bits_shuffled": language["shuffled"],
+        "moved": moved,
+        "likeness": likeness(model),
+    }
