@@ -18,6 +18,7 @@ from matplotlib.font_manager import FontProperties, findfont, fontManager
 from matplotlib.ft2font import FT2Font
 from matplotlib.patches import Rectangle
 from matplotlib.textpath import TextPath
+from matplotlib.ticker import LogLocator, NullFormatter
 from torch import Tensor
 
 from minidoctor.files import write_atomically
@@ -67,8 +68,10 @@ def loss_figure(rows: list[dict[str, float]]) -> Figure:
 
 
 def logarithmic(axes: Axes) -> None:
-    """0.1, 1, 10 and not powers of ten."""
+    """0.5, 1, 2, 5 and not powers of ten."""
     axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_minor_formatter(NullFormatter())
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
 
 

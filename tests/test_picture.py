@@ -111,6 +111,9 @@ def test_losses_are_drawn_as_logged_and_averaged(figures):
         assert list(steps.get_ydata()) == [row[name] for row in METRICS]
         assert mean.get_ydata()[0] == METRICS[0][name]
         assert mean.get_ydata()[50] == pytest.approx((METRICS[49][name] + METRICS[50][name]) / 2)
+    marks = [label.get_text() for label in (*axes[0].get_yticklabels(), *axes[0].get_yticklabels(minor=True))]
+    assert {"0.05", "0.1", "1", "2"} <= set(marks)
+    assert not any("10^" in mark for mark in marks)
     without = [{"step": row["step"], "loss": row["loss"], "lm": row["lm"]} for row in METRICS]
     assert len(figures.loss_figure(without).axes) == 2
 
