@@ -3,12 +3,14 @@
 python sample.py --adapter out "What is the key test for gout?"
 python sample.py --adapter out                     chat; /reset forgets it, /quit ends, Ctrl-C stops an answer
 python sample.py --base DIR --raw "Once upon"      go on with a text, no chat format
+python sample.py --adapter out --show-routing "What is the key test for gout?"      and which expert each token went to
 python sample.py --adapter out --questions q.txt --out answers.jsonl       one question a line, or {"question": "..."}
 """
 
 import argparse
 import contextlib
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -20,13 +22,14 @@ from minidoctor.data import parse_json, text_of
 from minidoctor.exams import read_text
 from minidoctor.generate import complete, generate
 from minidoctor.model import Model, compile_blocks
+from minidoctor.routing_view import choose_sublayer, question_start, routing_text
 from minidoctor.tokenizer import TextStream, Tokenizer, printable
 
 WARNING = "For teaching only. This is not medical advice; ask a doctor."
 
 
-def stream(model: Model, tokenizer: Tokenizer, prompt: list[int], config: SampleConfig) -> str:
-    """Prints the answer as it comes and returns it; Ctrl-C ends it early."""
+def stream(model: Model, tokenizer: Tokenizer, prompt: list[int], config: SampleConfig) -> tuple[str, list[int]]:
+    """Prints the answer as it comes and returns its text and tokens; Ctrl-C ends it early."""
     text = TextStream(tokenizer)
     answer = ""
     with contextlib.suppress(KeyboardInterrupt):
@@ -37,10 +40,30 @@ def stream(model: Model, tokenizer: Tokenizer, prompt: list[int], config: Sample
                 print(printable(new), end="", flush=True)
     rest = text.rest()
     print(printable(rest))
-    return answer + rest
+    return answer + rest, text.ids
 
 
-def chat(model: Model, tokenizer: Tokenizer, config: SampleConfig) -> None:
+def reply(
+    model: Model,
+    tokenizer: Tokenizer,
+    messages: list[dict[str, str]],
+    config: SampleConfig,
+    sublayer: int | None,
+) -> str:
+    """Prints the answer to the last message and returns it; below it the routing of both, if a sublayer is given."""
+    prompt = tokenizer.chat(messages)
+    answer, tokens = stream(model, tokenizer, prompt, config)
+    if sublayer is not None:
+        show_routing(model, tokenizer, prompt + tokens, question_start(tokenizer, messages), sublayer)
+    return answer
+
+
+def show_routing(model: Model, tokenizer: Tokenizer, tokens: list[int], start: int, sublayer: int) -> None:
+    colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")  # as https://no-color.org asks
+    print("\n" + routing_text(model, tokenizer, tokens, start, sublayer, colour))
+
+
+def chat(model: Model, tokenizer: Tokenizer, config: SampleConfig, sublayer: int | None = None) -> None:
     """Questions and answers until /quit or the end of the input; each question is asked with what was said."""
     with contextlib.suppress(ImportError):  # line editing and history, where the system has it
         import readline  # noqa: F401
@@ -68,7 +91,7 @@ def chat(model: Model, tokenizer: Tokenizer, config: SampleConfig) -> None:
             if dropped:
                 print(f"({dropped} earlier messages no longer fit and are forgotten)")
             try:
-                answer = stream(model, tokenizer, tokenizer.chat(messages), config)
+                answer = reply(model, tokenizer, messages, config, sublayer)
             except ValueError as error:
                 print(error)
                 messages.pop()
@@ -143,6 +166,8 @@ def main() -> None:
     parser.add_argument("--questions", help="answer the questions of a file: one a line, or JSON lines")
     parser.add_argument("--out", help="where the answers to --questions go, as JSON lines")
     parser.add_argument("--batch-size", type=int, default=8, help="questions answered at once (default 8)")
+    parser.add_argument("--show-routing", action="store_true", help="show which expert each token went to first")
+    parser.add_argument("--layer", type=int, help="layer that --show-routing looks at (default: the last)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default auto)")
     parser.add_argument("--dtype", default="auto", help="auto, float32 or bfloat16 (default auto)")
     parser.add_argument("--compile", action="store_true", help=COMPILE)
@@ -159,22 +184,31 @@ def main() -> None:
         raise ValueError("--questions asks those of the file: no QUESTION and no --raw beside it")
     if given.batch_size < 1:
         raise ValueError(f"--batch-size must be at least 1, got {given.batch_size}")
+    if given.show_routing and given.questions:
+        raise ValueError("--show-routing shows answers that are printed, those to --questions go to a file")
+    if given.show_routing and not given.adapter:
+        raise ValueError("--show-routing needs an --adapter with experts: the base alone has no router")
+    if given.layer is not None and not given.show_routing:
+        raise ValueError("--layer is the one that --show-routing shows, and needs it")
     device = choose_device(given.device)
     dtype = choose_dtype(given.dtype, device)
     model, tokenizer = load(given.base, given.adapter, dtype, device, given.chat_format, chats=not given.raw)
+    sublayer = choose_sublayer(model, given.layer) if given.show_routing else None
     if given.compile:
         compile_blocks(model)
     if given.raw:
-        stream(model, tokenizer, tokenizer.start + tokenizer.encode(given.question), config)
+        prompt = tokenizer.start + tokenizer.encode(given.question)
+        _, tokens = stream(model, tokenizer, prompt, config)
+        if sublayer is not None:
+            show_routing(model, tokenizer, prompt + tokens, len(tokenizer.start), sublayer)
         return
     print(f"{given.base}: {tokenizer.note}\n{WARNING}", file=sys.stderr)
     if given.questions:
         answer_file(model, tokenizer, Path(given.questions), Path(given.out), given.batch_size, config)
     elif given.question is None:
-        chat(model, tokenizer, config)
+        chat(model, tokenizer, config, sublayer)
     else:
-        messages = [{"role": "user", "content": given.question}]
-        stream(model, tokenizer, tokenizer.chat(messages), config)
+        reply(model, tokenizer, [{"role": "user", "content": given.question}], config, sublayer)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
 Read them in this order; each imports only files above it:
 config, files, families, chat, pieces, tokenizer, data, exams, linear, lora, router, model, weights, expert_queue,
 losses, memory, peft_layout, checkpoint, metrics, step, generate, prompts, letters, scoring, results, answers,
-evaluate, export, contenders, peers, peaks, bench, specialization, forms, trial, study.
+evaluate, export, specialization, routing_view, live_bytes, figures, picture, contenders, peers, peaks, bench, forms,
+trial, study.
 
 Shapes in comments and docstrings use these letters:
 

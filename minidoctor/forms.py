@@ -27,9 +27,10 @@ def at(routings: list[Routing], anchors: Tensor) -> tuple[Tensor, Tensor, Tensor
 
 def rings(z: Tensor, labels: Tensor, n_labels: int) -> ExpertQueue:
     """A queue of this moment alone: all of z (L, n, Z), in the ring of its label (L, n)."""
-    n_layers, n, routing_dim = z.shape
-    queue = ExpertQueue(n_layers, n_labels, n, routing_dim).to(z.device)
-    queue.enqueue(z.detach(), labels, n)
+    n_layers, _, routing_dim = z.shape
+    most = int(F.one_hot(labels, n_labels).sum(1).max())  # rings as large as the fullest
+    queue = ExpertQueue(n_layers, n_labels, most, routing_dim).to(z.device)
+    queue.enqueue(z.detach(), labels, most)
     return queue
 
 

@@ -1,4 +1,4 @@
-"""Peak memory of training steps, and of contrast and queue, each in a process of its own. Linux only."""
+"""Peak memory of training steps, each contender in a process of its own, and of the contrast. Linux only."""
 
 import argparse
 import dataclasses
@@ -12,10 +12,9 @@ import torch
 from minidoctor import peers
 from minidoctor.config import AdapterConfig, TrainConfig
 from minidoctor.contenders import base_of, drawn_batch, our_step
-from minidoctor.losses import contrastive_routing_loss
-from minidoctor.model import Model
-from minidoctor.step import make_queue
+from minidoctor.live_bytes import contrast_bytes_by_tokens
 
+TOKENS = (1024, 4096, 16384, 65536)
 FORGET = Path("/proc/self/clear_refs")  # a 5 written to it: the peak so far is forgotten
 
 
@@ -42,30 +41,6 @@ def peak_of(name: str, given: argparse.Namespace, found: Any) -> None:
     found.put((held[0], held[-1]))
 
 
-def contrast_peaks(given: argparse.Namespace, found: Any) -> None:
-    """In a process of its own: GiB that contrast and queue take beyond the routings, by the tokens of the batch.
-
-    On the way back the anchors' gradient is added to the routers' own, which has a vector for each token without it.
-    """
-    base = base_of(given.base, given.shape, given.layers, given.device, given.dtype)
-    model = Model(base.config, AdapterConfig(given.n_experts, given.top_k, given.rank))
-    config, peaks = TrainConfig(), {}
-    queue = make_queue(model, config)
-    assert queue
-    n_layers, n_experts, _, routing_dim = queue.keys.shape
-    for n_tokens in (256, 1024, 4096, 16384, 65536):  # the first warms up
-        z = torch.randn(n_layers, n_tokens, routing_dim)  # (L, N, Z)
-        gates = torch.rand(n_layers, n_tokens, n_experts).softmax(-1)  # (L, N, E)
-        FORGET.write_text("5")
-        before = status("VmRSS")
-        anchors = torch.randperm(n_tokens)[: config.n_anchors]  # (n,)
-        seen, mixed = z[:, anchors].requires_grad_(), gates[:, anchors]  # (L, n, Z), (L, n, E)
-        contrastive_routing_loss(seen, mixed, queue.keys, queue.filled(), config.contrast_temperature).backward()
-        queue.enqueue(seen.detach(), mixed.argmax(-1), config.queue_share)
-        peaks[n_tokens] = status("VmHWM") - before
-    found.put({str(n): peak for n, peak in peaks.items() if n > 256})
-
-
 def status(key: str) -> float:
     """A size in GiB that Linux knows of this process."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key + ":"))
@@ -78,11 +53,16 @@ def bench_memory(given: argparse.Namespace) -> dict[str, Any]:
     known = peers.known(base_of(given.base, given.shape, given.layers, given.device, given.dtype))
     names = ["minidoctor", *(["peft"] if known and peers.installed("transformers", "peft") else [])]
     peaks = {name: alone(peak_of, name, given) for name in names}
+    adapter = AdapterConfig(given.n_experts, given.top_k, given.rank)
+    contrast = contrast_bytes_by_tokens(TOKENS, adapter, TrainConfig())
     return {
         "peak_gib": {name: peak for name, (peak, _) in peaks.items()},
         f"peak_gib_after_{given.steps}_steps": {name: last for name, (_, last) in peaks.items()},
         "ratio_to_peft": peaks["minidoctor"][0] / peaks["peft"][0] if "peft" in peaks else None,
-        "contrast_and_queue_gib_by_tokens": alone(contrast_peaks, given),
+        "contrast_mib_by_tokens": {
+            name: {str(n): size / 2**20 for n, size in zip(TOKENS, sizes, strict=True)}
+            for name, sizes in zip(("with the queue", "within the batch"), contrast, strict=True)
+        },
     }
 
 

@@ -10,11 +10,14 @@ import pytest
 import torch
 
 import sample
-from minidoctor.config import SampleConfig, run
-from minidoctor.generate import complete
-from minidoctor.model import Model
+from minidoctor.checkpoint import ADAPTER, save_adapter_config
+from minidoctor.config import AdapterConfig, SampleConfig, run
+from minidoctor.files import write_tensors
+from minidoctor.generate import complete, generate
+from minidoctor.model import Model, adapter_state
+from minidoctor.routing_view import question_start, routing_text
 from minidoctor.tokenizer import load_tokenizer
-from minidoctor.weights import save_model
+from minidoctor.weights import load_model, save_model
 
 ROOT = Path(sample.__file__).parent
 STORIES = ROOT.parent / "shared" / "weights" / "stories260k"
@@ -239,3 +242,81 @@ def test_questions_and_out_belong_together(ask, base_dir, tmp_path):
     for words in (["--questions", tmp_path / "q.txt"], ["--out", tmp_path / "a.jsonl"]):
         code, _, err = ask("--base", base_dir, *words)
         assert (code, "belong together" in err) == (2, True)
+
+
+@pytest.fixture
+def routed(adapted, tokenizer):
+    """What the adapter answers to these tokens, and below it the routing from `start` on."""
+
+    def routed(prompt, start, sublayer=3, colour=False):
+        tokens = [step[0] for step in generate(adapted, [prompt], SHORT, tokenizer.eos_ids)]
+        text = routing_text(adapted, tokenizer, prompt + tokens, start, sublayer, colour)
+        return tokenizer.decode(tokens), shown(tokenizer.decode(tokens)) + "\n" + text + "\n"
+
+    return routed
+
+
+@pytest.fixture
+def words(base_dir, adapter_dir):
+    return ["--base", base_dir, "--adapter", adapter_dir, "--max-new-tokens", 8, "--show-routing"]
+
+
+def test_the_routing_of_question_and_answer_stands_below_the_answer(ask, tokenizer, routed, words):
+    messages = [{"role": "user", "content": "gout?"}]
+    prompt, start = tokenizer.chat(messages), question_start(tokenizer, messages)
+    assert tokenizer.decode(prompt[start:]) == "gout?"
+    for more, sublayer in (([], 3), (["--layer", 0], 1)):
+        code, out, _ = ask("gout?", *words, *more)
+        assert (code, out) == (0, routed(prompt, start, sublayer)[1])
+
+
+def test_a_raw_text_is_shown_with_what_follows_it(ask, tokenizer, routed, words):
+    for text in ("The key test", ""):
+        code, out, _ = ask("--raw", text, *words)
+        assert (code, out) == (0, routed(tokenizer.start + tokenizer.encode(text), 1)[1])
+
+
+def test_a_chat_shows_its_last_question_routed_with_what_was_said(ask, tokenizer, routed, words):
+    code, out, _ = ask(*words, typed="gout?\nasthma?\n/quit\n")
+    messages, expected = [], ""
+    for question in ("gout?", "asthma?"):
+        messages.append({"role": "user", "content": question})
+        answer, text = routed(tokenizer.chat(messages), question_start(tokenizer, messages))
+        messages.append({"role": "assistant", "content": answer})
+        expected += "> " + text
+    assert (code, out.split("\n", 1)[1]) == (0, expected + "> ")
+
+
+@pytest.mark.parametrize(("terminal", "no_color"), [(True, ""), (True, "1"), (False, "")])
+def test_colours_are_for_terminals_whose_user_wants_them(
+    ask, tokenizer, routed, words, monkeypatch, terminal, no_color
+):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
+    monkeypatch.setenv("NO_COLOR", no_color)
+    colour = terminal and not no_color
+    _, out, _ = ask("--raw", "gout", *words)
+    assert out == routed(tokenizer.start + tokenizer.encode("gout"), 1, colour=colour)[1]
+    assert ("\x1b[" in out) == colour
+
+
+def test_a_routing_that_cannot_be_shown_is_refused_in_one_line(ask, base_dir, adapter_dir, tmp_path):
+    plain = AdapterConfig(n_experts=1, top_k=1, rank=2)
+    save_adapter_config(tmp_path, str(base_dir), plain)
+    write_tensors(tmp_path / ADAPTER, adapter_state(load_model(base_dir, adapter=plain)))
+    base, adapter = ["--base", base_dir], ["--adapter", adapter_dir]
+    cases = [
+        (["gout?", *base, "--show-routing"], "--show-routing needs an --adapter"),
+        (["gout?", *base, "--adapter", tmp_path, "--show-routing"], "no router: that needs an adapter with more than"),
+        (["gout?", *base, *adapter, "--show-routing", "--layer", 2], "--layer must be between 0 and 1, got 2"),
+        (["gout?", *base, *adapter, "--layer", 1], "--layer is the one that --show-routing shows"),
+        (
+            [*base, *adapter, "--show-routing", "--questions", "q.txt", "--out", "a"],
+            "those to --questions go to a file",
+        ),
+    ]
+    for words, message in cases:
+        code, out, err = ask(*words)
+        assert (code, out) == (2, ""), words
+        assert message in err
+        assert err.startswith("sample.py: ")
+        assert err.count("\n") == 1
