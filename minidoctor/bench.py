@@ -70,17 +70,18 @@ def bench_train(given: argparse.Namespace, base: Model) -> dict[str, Any]:
     device = base.lm_head.weight.device
     moe = AdapterConfig(given.n_experts, given.top_k, given.rank, 2.0 * given.rank, tuple(given.targets.split(",")))
     lora = dataclasses.replace(moe, n_experts=1, top_k=1)
-    config = TrainConfig(batch_size=given.batch_size, max_seq_len=given.seq_len, recompute=given.recompute)
+    plain = TrainConfig(batch_size=given.batch_size, max_seq_len=given.seq_len, recompute=given.recompute)
+    config = dataclasses.replace(plain, compile=given.compile)
     matrix = torch.randn(2, *([4096 if device.type == "cuda" else 1024] * 2)).to(base.lm_head.weight)  # (2, n, n)
     steps: dict[str, Callable[[Batch], Any]] = {
-        "minidoctor": our_step(base, moe, dataclasses.replace(config, compile=given.compile)),
+        "minidoctor": our_step(base, moe, config),
         "minidoctor, no contrast": our_step(base, moe, dataclasses.replace(config, contrast_weight=0.0)),
         "minidoctor, plain LoRA": our_step(base, lora, config),
-        "minidoctor, a loop over experts": our_step(base, moe, config, looped=True),
+        "minidoctor, a loop over experts": our_step(base, moe, plain, looped=True),
         "frozen model": lambda batch: frozen_step(base, batch),
     }
     if given.compile:
-        steps["minidoctor, not compiled"] = our_step(base, moe, config)
+        steps["minidoctor, not compiled"] = our_step(base, moe, plain)
     if peers.known(base) and peers.installed("transformers", "peft"):
         steps["peft"] = peers.training_step(*peers.peft_lora(base, lora), config.lr, config.clip)
     if peers.known(base) and peers.installed("transformers", "mixlora") and set(moe.targets) <= set(TARGETS):
@@ -97,7 +98,7 @@ def bench_train(given: argparse.Namespace, base: Model) -> dict[str, Any]:
     calls = {name: contender(name) for name in steps}
     counter = FlopCounterMode(display=False)
     with counter:
-        our_step(base, moe, dataclasses.replace(config, recompute=False))(batches["minidoctor"][0])
+        our_step(base, moe, dataclasses.replace(plain, recompute=False))(batches["minidoctor"][0])
     seconds = alternate({**calls, "matrix": lambda: matrix[0] @ matrix[1]}, given.rounds, device)
     n_operations = counter.get_total_flops()
     per_second = [2 * matrix.shape[1] ** 3 / s for s in seconds.pop("matrix")]

@@ -93,6 +93,35 @@ def table(summary: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def markdown(summary: dict[str, Any]) -> str:
+    """The README's table: means, in brackets the 95 % interval of the difference seed by seed."""
+
+    def percent(found: dict[str, Any] | None) -> str:
+        return f"{100 * found['mean']:.1f}" if found else ""
+
+    def difference(of: dict[str, Any] | None, key: str) -> str:
+        if not of or key not in of:
+            return ""
+        low, high = (100 * bound for bound in of[key]["interval"] or (math.nan, math.nan))
+        return f"{100 * of[key]['mean']:+.1f} ({low:+.1f} to {high:+.1f})"
+
+    titles = [
+        "variant",
+        "trained weights",
+        "open %",
+        "choice %",
+        f"right, less `{BASELINE}`, points",
+        "starved experts",
+    ]
+    rows = [titles, ["---"] * len(titles)]
+    for name, of in summary["measures"].items():
+        against = difference(summary["differences"].get(BASELINE, {}).get(name), "right")
+        starved = f"{of['starved']['mean']:.1f}" if "starved" in of else ""
+        weights = f"{of['trained_weights']['mean']:,.0f}"
+        rows.append([name, weights, percent(of.get("open")), percent(of.get("choice")), against, starved])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
 def work(job: tuple[str, int, StudyConfig, Path]) -> str:
     """In a process of its own, on one core: a run and its file."""
     name, seed, config, path = job
@@ -174,8 +203,9 @@ def study(out: Path, names: list[str], n_seeds: int, n_jobs: int, config: StudyC
     runs = [read_run(path, config) for path in paths]
     result = {"config": dataclasses.asdict(config), "seeds": n_seeds, **summary_of(runs), "runs": runs}
     write_json(out / "study.json", result)
+    (out / "table.md").write_text(markdown(result) + "\n", encoding="utf-8")
     print(table(result))
-    print(f"{out}/study.json")
+    print(f"{out}/study.json  {out}/table.md")
     return result
 
 
