@@ -46,9 +46,10 @@ def mean_of(values: list[float]) -> dict[str, Any]:
 
 def summary_of(runs: list[dict[str, Any]]) -> dict[str, Any]:
     """Of each variant every measure; and against the baseline and plain LoRA the paired differences."""
-    names = [name for name in VARIANTS if any(run["variant"] == name for run in runs)]
+    names = list(dict.fromkeys(run["variant"] for run in runs))
     by_seed = {name: {run["seed"]: run for run in runs if run["variant"] == name} for name in names}
     measures: dict[str, Any] = {}
+    seeds_of = {name: len(by_seed[name]) for name in names}
     for name in names:
         first = next(iter(by_seed[name].values()))
         keys = [key for key in first if key not in ("variant", "seed")]
@@ -63,7 +64,7 @@ def summary_of(runs: list[dict[str, Any]]) -> dict[str, Any]:
                     for key in ("right", "open", "choice", "nll")
                     if key in by_seed[name][seeds[0]]
                 }
-    return {"measures": measures, "differences": differences}
+    return {"seeds": seeds_of, "measures": measures, "differences": differences}
 
 
 def table(summary: dict[str, Any]) -> str:
@@ -117,8 +118,18 @@ def markdown(summary: dict[str, Any]) -> str:
     for name, of in summary["measures"].items():
         against = difference(summary["differences"].get(BASELINE, {}).get(name), "right")
         starved = f"{of['starved']['mean']:.1f}" if "starved" in of else ""
-        weights = f"{of['trained_weights']['mean']:,.0f}"
-        rows.append([name, weights, percent(of.get("open")), percent(of.get("choice")), against, starved])
+        seeds, weights = str(summary["seeds"][name]), f"{of['trained_weights']['mean']:,.0f}"
+        rows.append(
+            [
+                name,
+                str(summary["seeds"][name]),
+                weights,
+                percent(of.get("open")),
+                percent(of.get("choice")),
+                against,
+                starved,
+            ]
+        )
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
@@ -177,7 +188,7 @@ def main() -> None:
 
 
 def study(out: Path, names: list[str], n_seeds: int, n_jobs: int, config: StudyConfig) -> dict[str, Any]:
-    """Runs what is missing, prints the table and writes study.json."""
+    """Runs what is missing, prints the table of all that is there and writes study.json."""
     rows_of(config), read_rows(config.data)  # bad files are said before the first process starts
     (out / "runs").mkdir(parents=True, exist_ok=True)
     jobs, paths = [], []
@@ -200,8 +211,9 @@ def study(out: Path, names: list[str], n_seeds: int, n_jobs: int, config: StudyC
             progress.update()
         pool.close()  # the processes end by themselves and tidy up
         pool.join()
-    runs = [read_run(path, config) for path in paths]
-    result = {"config": dataclasses.asdict(config), "seeds": n_seeds, **summary_of(runs), "runs": runs}
+    found = [read_run(path, config) for path in (out / "runs").glob("*.json")]  # those of earlier calls, too
+    runs = sorted(found, key=lambda run: (list(VARIANTS).index(run["variant"]), run["seed"]))
+    result = {"config": dataclasses.asdict(config), **summary_of(runs), "runs": runs}
     write_json(out / "study.json", result)
     (out / "table.md").write_text(markdown(result) + "\n", encoding="utf-8")
     print(table(result))

@@ -1,7 +1,9 @@
 import json
 import math
+import re
 import statistics
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,9 +11,10 @@ import torch
 from minidoctor import study, trial
 from minidoctor.config import AdapterConfig, run
 from minidoctor.model import Model, adapter_state
-from minidoctor.study import mean_of, path_of, summary_of, table
+from minidoctor.study import markdown, mean_of, path_of, summary_of, table
 from minidoctor.trial import BASELINE, VARIANTS, StudyConfig, adapter_of, run_one
 
+ROOT = Path(__file__).parent.parent
 QUEUE = "+ balance + contrast with the queue"
 
 
@@ -127,3 +130,27 @@ def test_loss_alone_is_that_of_the_step(settings):
     assert "right" not in found
     assert found["nll"] == pytest.approx(run_one(BASELINE, 0, settings)["nll"], rel=1e-4)
     assert statistics.fmean([found["nll"]]) > 0
+
+
+def numbers_of(value):
+    """All numbers of a study as the README may write them: shares in percent, the others as they are."""
+    if isinstance(value, dict):
+        return set().union(*map(numbers_of, value.values()), set())
+    if isinstance(value, list):
+        return set().union(*map(numbers_of, value), set())
+    if not isinstance(value, (int, float)):
+        return set()
+    return {f"{abs(scale * value):,.{digits}f}" for scale in (1, 100) for digits in range(4)}
+
+
+def test_the_readme_says_what_the_studies_found():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    section = re.search(r"## Does contrast help\?\n(.*?)\n## ", readme, re.DOTALL)[1]
+    small, large = (json.loads((ROOT / "tests" / name).read_text()) for name in ("study.json", "study_smollm2.json"))
+    assert summary_of(small["runs"]) == {key: small[key] for key in ("seeds", "measures", "differences")}
+    assert markdown(small) in section
+    known = numbers_of([small["config"], small["measures"], small["differences"], small["seeds"]])
+    known |= numbers_of([large["config"], large["measures"], large["differences"], large["seeds"]])
+    text = re.sub(r"`[^`]*`|\([^)]*\.(?:png|json|py)\)|arXiv \S+|https?://\S+|\|.*\|", "", section)
+    for number in re.findall(r"(?<![\w.])\d[\d,]*(?:\.\d+)?(?![\w])", text):
+        assert number.rstrip(",") in known, number
