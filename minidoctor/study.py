@@ -119,17 +119,8 @@ def markdown(summary: dict[str, Any]) -> str:
         against = difference(summary["differences"].get(BASELINE, {}).get(name), "right")
         starved = f"{of['starved']['mean']:.1f}" if "starved" in of else ""
         seeds, weights = str(summary["seeds"][name]), f"{of['trained_weights']['mean']:,.0f}"
-        rows.append(
-            [
-                name,
-                str(summary["seeds"][name]),
-                weights,
-                percent(of.get("open")),
-                percent(of.get("choice")),
-                against,
-                starved,
-            ]
-        )
+        shares = percent(of.get("open")), percent(of.get("choice"))
+        rows.append([name, seeds, weights, *shares, against, starved])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
