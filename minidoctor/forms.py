@@ -28,10 +28,18 @@ def at(routings: list[Routing], anchors: Tensor) -> tuple[Tensor, Tensor, Tensor
 def rings(z: Tensor, labels: Tensor, n_labels: int) -> ExpertQueue:
     """A queue of this moment alone: all of z (L, n, Z), in the ring of its label (L, n)."""
     n_layers, _, routing_dim = z.shape
-    most = int(F.one_hot(labels, n_labels).sum(1).max())  # rings as large as the fullest
+    most = max(
+        1, int(F.one_hot(labels, n_labels).sum(1).max()) if labels.numel() else 0
+    )  # rings as large as the fullest
     queue = ExpertQueue(n_layers, n_labels, most, routing_dim).to(z.device)
     queue.enqueue(z.detach(), labels, most)
     return queue
+
+
+def parted(batch: Batch, anchors: Tensor) -> tuple[Tensor, Tensor]:
+    """The anchors and all other answer tokens of the batch, which they meet; where there are few, half are anchors."""
+    anchors = anchors[: max(1, len(batch.answers) // 2)]
+    return anchors, batch.answers[~torch.isin(batch.answers, anchors)]
 
 
 class InBatch:
@@ -41,9 +49,8 @@ class InBatch:
         self.temperature = temperature
 
     def __call__(self, batch: Batch, routings: list[Routing], anchors: Tensor) -> Tensor:
-        half = anchors[: len(anchors) // 2]  # where the anchors are all there is, half of them are keys
-        others = batch.answers[~torch.isin(batch.answers, half)]
-        z, gates, _, _ = at(routings, half)
+        anchors, others = parted(batch, anchors)
+        z, gates, _, _ = at(routings, anchors)
         keys, _, ids, _ = at(routings, others)
         queue = rings(keys, ids, gates.shape[-1])
         return contrastive_routing_loss(z, gates, queue.keys, queue.filled(), self.temperature)
@@ -77,13 +84,12 @@ class ByQuestion:
         self.temperature = temperature
 
     def __call__(self, batch: Batch, routings: list[Routing], anchors: Tensor) -> Tensor:
-        half = anchors[: len(anchors) // 2]
-        others = batch.answers[~torch.isin(batch.answers, half)]
-        z, _, _, _ = at(routings, half)
+        anchors, others = parted(batch, anchors)
+        z, _, _, _ = at(routings, anchors)
         keys, _, _, _ = at(routings, others)
         n_rows, n_tokens = batch.tokens.shape
         queue = rings(keys, (others // n_tokens).expand(len(z), -1), n_rows)
-        mass = F.one_hot(half // n_tokens, n_rows).float().expand(len(z), -1, -1)  # (L, n, B)
+        mass = F.one_hot(anchors // n_tokens, n_rows).float().expand(len(z), -1, -1)  # (L, n, B)
         return contrastive_routing_loss(z, mass, queue.keys, queue.filled(), self.temperature)
 
 

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from minidoctor.config import AdapterConfig
 from minidoctor.data import Batch
-from minidoctor.forms import Balanced, ByLabel, ByQuestion, InBatch, Outputs, balanced, contrastive_expert_loss
+from minidoctor.forms import Balanced, ByLabel, ByQuestion, InBatch, Outputs, balanced, contrastive_expert_loss, parted
 from minidoctor.lora import LoRAExperts
 from minidoctor.model import Model
 from minidoctor.router import Router
@@ -52,6 +52,15 @@ def test_in_the_batch_each_token_meets_all_others_but_the_anchors():
                     loss, mass = loss - gates[i, e] * torch.stack(of_expert).mean(), mass + gates[i, e].item()
             expected.append(loss / mass if mass else torch.tensor(0.0))
     torch.testing.assert_close(found, torch.stack(expected).mean())
+
+
+def test_with_enough_answers_all_anchors_are_used_and_with_one_nothing_breaks():
+    _, routings, batch = setting()
+    anchors, others = parted(batch, batch.answers[:5])
+    assert (anchors.tolist(), len(others)) == (batch.answers[:5].tolist(), 7)
+    one = batch._replace(answers=batch.answers[:1])
+    for form in (InBatch(0.1), ByQuestion(0.1)):
+        assert form(one, routings, one.answers).item() == 0
 
 
 def test_by_question_those_of_one_question_are_alike():
