@@ -89,7 +89,8 @@ def start_or_resume(given: dict[str, Any]) -> tuple[TrainConfig, AdapterConfig, 
         return config, adapter, {}
     out = given.get("out", TrainConfig.out)
     state = read_run(Path(out))
-    lighter = {name: given[name] for name in ("accumulate", "recompute") if name in given}  # what memory may ask for
+    lighter: dict[str, Any] = {name: given[name] for name in ("accumulate", "recompute") if name in given}
+    lighter["compile"] = given.get("compile", False)  # as the machine can, which may be another one
     config, adapter = dataclasses.replace(state["config"], out=out, resume=True, **lighter), state["adapter"]
     stored = dataclasses.asdict(config) | dataclasses.asdict(adapter)
     for name, value in given.items():
@@ -146,8 +147,6 @@ def train(config: TrainConfig, adapter: AdapterConfig, state: dict[str, Any]) ->
         raise ValueError(tokenizer.note)
     model = load_model(config.base, choose_dtype(config.dtype, device), device, adapter)
     check_vocabulary(config.base, model, tokenizer)
-    if config.compile:
-        compile_blocks(model)
     rows, eval_rows, eval_seen = read_data(config)
     conversations = [explained(row) if config.explain else row.messages for row in rows]
     encoded = [encode(messages, tokenizer, config.max_seq_len) for messages in conversations]
@@ -184,6 +183,8 @@ def train(config: TrainConfig, adapter: AdapterConfig, state: dict[str, Any]) ->
         save(out, model, optimizer, queue, state | {"eval_before": before})
         state["eval_before"] = before
 
+    if config.compile:
+        compile_blocks(model)  # not before: of a block only so many kinds are made, and the steps shall have theirs
     if not fit(model, optimizer, queue, batches, config, state):
         print(f"stopped and saved after step {state['step']}; go on with: python train.py --out {out} --resume")
         return

@@ -152,7 +152,7 @@ class TrainConfig:
     warmup: int = flag(20, "steps until the peak; after it a cosine down to a tenth of it")
     weight_decay: float = flag(0.0, "decoupled weight decay of the trained weights")
     clip: float = flag(1.0, "largest norm of the gradient")
-    balance_weight: float = flag(0.01, "weight of the load-balance loss (0: off)")
+    balance_weight: float = flag(0.1, "weight of the load-balance loss (0: off)")
     contrast_weight: float = flag(0.01, "weight of the contrastive routing loss (0: off)")
     contrast_temperature: float = flag(0.1, "temperature of the contrastive routing loss")
     contrast_warmup: int = flag(50, "steps until the contrastive loss has its full weight")
@@ -166,7 +166,7 @@ class TrainConfig:
     dtype: str = flag("auto", "of the frozen base: auto (bfloat16 on a GPU that has it), float32, bfloat16")
     chat_format: str = flag("auto", "how conversations are written (auto: as the checkpoint was trained)")
     resume: bool = flag(
-        False, "go on with the run in --out; other flags must be the run's own, but for --accumulate and --recompute"
+        False, "go on with the run in --out; other flags must be its own, but for --accumulate, --recompute, --compile"
     )
 
     def __post_init__(self) -> None:

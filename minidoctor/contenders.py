@@ -72,7 +72,7 @@ class LoopExperts(LoRAExperts):
         for e, (a, b) in enumerate(experts):
             mine = weights[:, e].nonzero().squeeze(-1)  # (n,)
             part = rows[mine] @ a.to(x.dtype).T @ b.to(x.dtype).T  # (n, D_out)
-            y = y.index_add(0, mine, self.scale * weights[mine, e, None] * part)
+            y.index_add_(0, mine, self.scale * weights[mine, e, None] * part)
         return y.unflatten(0, x.shape[:-1])  # (B, T, D_out)
 
 

@@ -20,6 +20,7 @@ import multiprocessing
 import os
 import signal
 import statistics
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -88,48 +89,54 @@ def table(summary: dict[str, Any]) -> str:
         cells += [number(of["step_seconds"], 3), number(of["peak_memory_gib"], 2)]
         lines.append(f"{name:42}" + "".join(f"{cell:>13}" for cell in cells))
     for other, of_other in summary["differences"].items():
-        lines.append(f"\nless {other!r}, seed by seed, in points:")
+        lines.append(f"\nless {other!r}, seed by seed, in points; nll in nats:")
         for name, of in of_other.items():
-            lines.append(f"{name:42}" + "".join(f"{percent(of.get(key)):>13}" for key in ("right", "open", "choice")))
+            cells = [*(percent(of.get(key)) for key in ("right", "open", "choice")), signed(of, "nll", 1, 3)]
+            lines.append(f"{name:42}" + "".join(f"{cell:>13}" for cell in cells))
     return "\n".join(lines)
 
 
+def signed(of: dict[str, Any] | None, key: str, scale: int, digits: int) -> str:
+    """A difference, and its interval in brackets."""
+    if not of or key not in of:
+        return ""
+    bounds = " to ".join(f"{scale * bound:+.{digits}f}" for bound in of[key]["interval"] or ())
+    return f"{scale * of[key]['mean']:+.{digits}f}" + (f" ({bounds})" if bounds else "")
+
+
 def markdown(summary: dict[str, Any]) -> str:
-    """The README's table: means, in brackets the 95 % interval of the difference seed by seed."""
-
-    def percent(found: dict[str, Any] | None) -> str:
-        return f"{100 * found['mean']:.1f}" if found else ""
-
-    def difference(of: dict[str, Any] | None, key: str) -> str:
-        if not of or key not in of:
-            return ""
-        low, high = (100 * bound for bound in of[key]["interval"] or (math.nan, math.nan))
-        return f"{100 * of[key]['mean']:+.1f} ({low:+.1f} to {high:+.1f})"
-
-    titles = [
-        "variant",
-        "trained weights",
-        "open %",
-        "choice %",
-        f"right, less `{BASELINE}`, points",
-        "starved experts",
-    ]
+    """The README's table: means over seeds, and the differences seed by seed with their intervals."""
+    titles = ["variant", "seeds", "trained weights", "open, %", "loss, nats", "starved"]
+    titles += [f"open, less `{BASELINE}`, points", f"loss, less `{BASELINE}`"]
     rows = [titles, ["---"] * len(titles)]
     for name, of in summary["measures"].items():
-        against = difference(summary["differences"].get(BASELINE, {}).get(name), "right")
-        starved = f"{of['starved']['mean']:.1f}" if "starved" in of else ""
-        seeds, weights = str(summary["seeds"][name]), f"{of['trained_weights']['mean']:,.0f}"
-        shares = percent(of.get("open")), percent(of.get("choice"))
-        rows.append([name, seeds, weights, *shares, against, starved])
+        less = summary["differences"].get(BASELINE, {}).get(name)
+        rows.append([
+            name,
+            str(summary["seeds"][name]),
+            f"{of['trained_weights']['mean']:,.0f}",
+            f"{100 * of['open']['mean']:.1f}" if "open" in of else "",
+            f"{of['nll']['mean']:.3f}",
+            f"{of['starved']['mean']:.1f}" if "starved" in of else "",
+            signed(less, "open", 100, 1),
+            signed(less, "nll", 1, 3),
+        ])  # fmt: skip
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def work(job: tuple[str, int, StudyConfig, Path]) -> str:
+def leave_to_parent() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def settings_of(name: str, config: StudyConfig) -> dict[str, Any]:
+    return {"config": dataclasses.asdict(config), "variant": dataclasses.asdict(VARIANTS[name])}
+
+
+def work(job: tuple[str, int, StudyConfig, Path]) -> None:
     """In a process of its own, on one core: a run and its file."""
     name, seed, config, path = job
     torch.set_num_threads(1)
-    write_json(path, {"config": dataclasses.asdict(config), "run": run_one(name, seed, config)})
-    return f"{name}, seed {seed}"
+    write_json(path, {**settings_of(name, config), "run": run_one(name, seed, config)})
 
 
 def path_of(out: Path, name: str, seed: int) -> Path:
@@ -139,11 +146,14 @@ def path_of(out: Path, name: str, seed: int) -> Path:
 def read_run(path: Path, config: StudyConfig) -> dict[str, Any]:
     """Raises ValueError if the file is of a study with other settings."""
     content = read_object(path)
-    stored, own = content.get("config"), json.loads(json.dumps(dataclasses.asdict(config)))
-    if stored != own:
-        keys = [key for key in own if not isinstance(stored, dict) or stored.get(key) != own[key]]
+    found: dict[str, Any] = content.get("run", {})
+    if found.get("variant") not in VARIANTS:
+        raise ValueError(f"{path}: no run of a variant that there is")
+    own = json.loads(json.dumps(settings_of(found["variant"], config)))
+    stored = {part: content.get(part) or {} for part in own}
+    keys = [key for part in own for key in own[part] if stored[part].get(key) != own[part][key]]
+    if keys:
         raise ValueError(f"{path}: a run with other settings ({', '.join(keys)}); give another --out")
-    found: dict[str, Any] = content["run"]
     return found
 
 
@@ -191,20 +201,31 @@ def study(out: Path, names: list[str], n_seeds: int, n_jobs: int, config: StudyC
                 read_run(path, config)
             else:
                 jobs.append((name, seed, config, path))
-    context, n_processes = multiprocessing.get_context("spawn"), min(n_jobs, max(1, len(jobs)))
-    # A process for each run: its peak memory is its own. Ctrl-C is for this one, which then ends the others.
-    with (
-        context.Pool(n_processes, signal.signal, (signal.SIGINT, signal.SIG_IGN), maxtasksperchild=1) as pool,
-        tqdm(total=len(paths), initial=len(paths) - len(jobs), desc="runs") as progress,
-    ):
-        for done in pool.imap_unordered(work, jobs):
-            progress.set_postfix_str(done, refresh=False)
-            progress.update()
-        pool.close()  # the processes end by themselves and tidy up
-        pool.join()
+    failures = []
+    if jobs:
+        context, n_processes = multiprocessing.get_context("spawn"), min(n_jobs, len(jobs))
+        # A process for each run, so that its memory is its own. Runs that fail do not end the others.
+        pool = ProcessPoolExecutor(n_processes, context, leave_to_parent, max_tasks_per_child=1)
+        with pool, tqdm(total=len(paths), initial=len(paths) - len(jobs), desc="runs") as progress:
+            waiting = {pool.submit(work, job): f"{job[0]}, seed {job[1]}" for job in jobs}
+            try:
+                for done in as_completed(waiting):
+                    if error := done.exception():
+                        failures.append(f"{waiting[done]}: {error}")
+                    progress.set_postfix_str(waiting[done], refresh=False)
+                    progress.update()
+            except KeyboardInterrupt:
+                pool.shutdown(wait=False, cancel_futures=True)
+                for process in multiprocessing.active_children():
+                    process.terminate()
+                raise
+    if failures:
+        raise ValueError(f"{len(failures)} of {len(jobs)} runs failed, the others are kept: {'; '.join(failures):.500}")
     found = [read_run(path, config) for path in (out / "runs").glob("*.json")]  # those of earlier calls, too
-    runs = sorted(found, key=lambda run: (list(VARIANTS).index(run["variant"]), run["seed"]))
-    result = {"config": dataclasses.asdict(config), **summary_of(runs), "runs": runs}
+    place = {name: i for i, name in enumerate(VARIANTS)}
+    runs = sorted(found, key=lambda run: (place[run["variant"]], run["seed"]))
+    variants = {name: dataclasses.asdict(VARIANTS[name]) for name in dict.fromkeys(run["variant"] for run in runs)}
+    result = {"config": dataclasses.asdict(config), "variants": variants, **summary_of(runs), "runs": runs}
     write_json(out / "study.json", result)
     (out / "table.md").write_text(markdown(result) + "\n", encoding="utf-8")
     print(table(result))

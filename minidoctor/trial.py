@@ -7,19 +7,19 @@ moved     share of tokens whose first expert changed in the last quarter of the 
 
 import dataclasses
 import math
-import resource
 import statistics
-import sys
 import time
 from typing import Any
 
 import torch
 
 from minidoctor.answers import evaluate
-from minidoctor.config import TARGETS, AdapterConfig, EvalConfig, TrainConfig, check_range, flag
+from minidoctor.config import TARGETS, AdapterConfig, EvalConfig, ModelConfig, TrainConfig, check, check_range, flag
 from minidoctor.data import IGNORE, Batches, Example, Row, collate, encode, read_rows
+from minidoctor.families import read_model_config
 from minidoctor.forms import Balanced, ByLabel, ByQuestion, InBatch, Outputs
 from minidoctor.losses import language_model_loss
+from minidoctor.metrics import peak_memory_gib
 from minidoctor.model import Model, adapter_state, trained_weights
 from minidoctor.specialization import Served, by_label, likeness, load_of, served
 from minidoctor.step import make_optimizer, make_queue, train_step
@@ -55,6 +55,7 @@ class StudyConfig:
         check_range(self, "steps", "batch_size", "n_experts", "top_k", "rank", "queue_capacity")
         check_range(self, "max_seq_len", low=2)
         check_range(self, "eval_rows", low=0)
+        check(self.top_k <= self.n_experts, f"top_k must be at most n_experts={self.n_experts}, got {self.top_k}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +86,7 @@ VARIANTS = {
 BASELINE = "+ balance"
 
 
-def adapter_of(variant: Variant, config: StudyConfig, base: Model) -> AdapterConfig | None:
+def adapter_of(variant: Variant, config: StudyConfig, base: ModelConfig) -> AdapterConfig | None:
     """The alpha of each is twice its rank: an update is scaled alike whatever the rank."""
     if not variant.experts:
         return None
@@ -96,7 +97,7 @@ def adapter_of(variant: Variant, config: StudyConfig, base: Model) -> AdapterCon
     if variant.rank_like == "trained":
         with torch.device("meta"):
             n_moe, n_one = (
-                sum(p.numel() for p in adapter_state(Model(base.config, adapter)).values())
+                sum(p.numel() for p in adapter_state(Model(base, adapter)).values())
                 for adapter in (moe, AdapterConfig(1, 1, 1, 2.0, config.targets))
             )
         rank = round(n_moe / n_one)
@@ -127,6 +128,7 @@ def form_of(name: str, model: Model, train: TrainConfig, n_topics: int) -> Any:
     n_layers = sum(key.endswith("router.scale") for key in adapter_state(model))
     temperature, capacity = train.contrast_temperature, train.queue_capacity
     if name == "topic":
+        check(n_topics > 1, "the contrast by topic needs questions of more than one topic")
         capacity = max(train.queue_share, capacity * adapter.n_experts // n_topics)  # as many keys in all
         return ByLabel(temperature, n_layers, n_topics, capacity, adapter.routing_dim, train.queue_share)
     if name == "balanced":
@@ -147,10 +149,10 @@ def run_one(name: str, seed: int, config: StudyConfig) -> dict[str, Any]:
     """One fine-tuning and all that is measured of it."""
     variant = VARIANTS[name]
     torch.manual_seed(seed)
-    base = load_model(config.base)
-    tokenizer = load_tokenizer(config.base)
-    adapter = adapter_of(variant, config, base)
-    model = load_model(config.base, adapter=adapter) if adapter else base.requires_grad_(True)
+    adapter = adapter_of(variant, config, read_model_config(config.base))
+    model, tokenizer = load_model(config.base, adapter=adapter), load_tokenizer(config.base)
+    if not adapter:
+        model.requires_grad_(True)
     train = train_config(variant, config, seed)
     rows, tested = read_rows(config.data), rows_of(config)
     examples = [encode(row.messages, tokenizer, config.max_seq_len) for row in rows]
@@ -163,8 +165,8 @@ def run_one(name: str, seed: int, config: StudyConfig) -> dict[str, Any]:
     queue = None if form else make_queue(model, train)
     routed = adapter is not None and adapter.n_experts > 1
     before: Served | None = None
+    seconds, peak = [], 0.0
 
-    seconds = []
     model.train()
     for step in range(config.steps):
         ordered = sorted(next(batches), key=lambda example: len(example.tokens))
@@ -173,13 +175,13 @@ def run_one(name: str, seed: int, config: StudyConfig) -> dict[str, Any]:
         start = time.perf_counter()
         figures = train_step(model, optimizer, queue, [collate(ordered)], step, train, form)
         seconds.append(time.perf_counter() - start)
+        peak = peak_memory_gib() if step + 1 == config.steps * 3 // 4 else peak  # before anything is evaluated
         if routed and step + 1 == config.steps * 3 // 4:
             before = served(model, tokenizer, tested)
     model.eval()
     last = {key: loss.item() for key, loss in figures.losses.items()}
     if not all(map(math.isfinite, last.values())):
         raise FloatingPointError(f"{name}, seed {seed}: a loss is not finite: {last}")
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 2**30
     if config.loss_only:
         found = {"nll": nll_of(model, [encode(row.messages, tokenizer, config.max_seq_len) for row in tested])}
     else:
@@ -229,7 +231,7 @@ def routing_of(model: Model, rows: list[Row], after: Served, before: Served | No
     load = load_of(after, n_experts)
     topic = by_label(after, [row.topic for row in rows], n_experts)
     language = by_label(after, [row.language for row in rows], n_experts)
-    moved = (after.expert_ids != before.expert_ids).double().mean().item() if before else math.nan
+    moved = {"moved": (after.expert_ids != before.expert_ids).double().mean().item()} if before else {}
     return {
         "load_entropy": load["entropy"],
         "starved": load["starved"],
@@ -238,6 +240,6 @@ def routing_of(model: Model, rows: list[Row], after: Served, before: Served | No
         "topic_bits_shuffled": topic["shuffled"],
         "language_bits": language["bits"],
         "language_bits_shuffled": language["shuffled"],
-        "moved": moved,
+        **moved,
         "likeness": likeness(model),
     }

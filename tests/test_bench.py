@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from minidoctor import bench, contenders, peers
-from minidoctor.config import ModelConfig, run
-from minidoctor.contenders import SHAPES
+from minidoctor.config import AdapterConfig, ModelConfig, TrainConfig, run
+from minidoctor.contenders import SHAPES, drawn_batch
+from minidoctor.model import Model
 from minidoctor.peaks import FORGET
 
 SHAPE = ModelConfig(60, 16, 2, 2, 1, 8, 24, 64)
@@ -30,7 +31,7 @@ def test_compiled_contenders_run_beside_those_that_are_not(small, monkeypatch, c
     monkeypatch.setattr(contenders, "compile_blocks", compiled.append)
     words = ["--layers", 2, "--rounds", 1, "--rank", 2, "--compile", "--json"]
     training, writing = ["train", "--seq-len", 16, "--batch-size", 2], ["sample", "--new-tokens", 3]
-    for of_what, n in ((training, 3), (writing, 1)):  # with contrast, without, plain LoRA
+    for of_what, n in ((training, 4), (writing, 1)):  # contrast, none, plain LoRA, frozen
         result = json.loads(call(monkeypatch, capsys, *of_what, *words))
         assert result["compiled_over_not"]["median"] > 0
         assert {"minidoctor, not compiled", "batch 1, not compiled"} & set(result["speed"])
@@ -86,6 +87,22 @@ def test_peak_memory_is_that_of_the_steps_in_a_process_of_its_own(base_dir, monk
     contrast = result["contrast_mib_by_tokens"]
     assert len(set(contrast["with the queue"].values())) == 1  # flat
     assert contrast["within the batch"]["65536"] > 50 * contrast["within the batch"]["1024"]
+
+
+def test_operations_of_a_step_are_those_of_its_products():
+    config, adapter = SHAPE, AdapterConfig(4, 2, 2, targets=bench.TARGETS)
+    base = Model(config).requires_grad_(False)
+    row = drawn_batch(config.vocab_size, 1, 16)
+    found = bench.operations(contenders.our_step(base, adapter, TrainConfig(contrast_weight=0)), row)
+    d, f, t, n = config.dim, config.ffn_dim, 16, len(row.answers)
+    attention, mlp = 2 * d * 16 + 2 * d * 8, 3 * d * f  # two heads and one key head of 8
+    wide = 3 * (d + f) * 8  # A and B of four experts of rank 2
+    # Forward, and back to what each product read; experts and the head (kept small) have weights' gradients as well.
+    frozen = 2 * t * 2 * (2 * (attention + mlp))
+    experts = 2 * t * 2 * (3 * wide)
+    head = 2 * n * d * config.vocab_size * 2
+    # Nothing goes back below the first feed-forward; routers are the rest, a few percent.
+    assert 0.85 * (frozen + experts + head) < found < 1.1 * (frozen + experts + head)
 
 
 def test_a_ratio_is_that_of_single_rounds():

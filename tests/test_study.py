@@ -1,8 +1,9 @@
 import json
 import math
 import re
-import statistics
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,12 @@ def settings(base_dir, rows_file):
     path = str(rows_file(*rows))
     sizes = {"n_experts": 4, "rank": 2, "queue_capacity": 8, "targets": ("up_proj", "down_proj")}
     return StudyConfig(base=str(base_dir), data=path, eval=path, steps=4, batch_size=4, eval_rows=8, **sizes)
+
+
+@pytest.fixture
+def in_this_process(monkeypatch):
+    """A process that imports torch takes seconds; one test has them."""
+    monkeypatch.setattr(study, "ProcessPoolExecutor", lambda *_, **__: ThreadPoolExecutor(1))
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -56,14 +63,16 @@ def test_variants_of_one_seed_see_the_same_batches_and_start_from_the_same_exper
 
 
 def test_plain_lora_has_as_many_weights(config):
-    base, settings = Model(config), StudyConfig(n_experts=4, rank=3)
+    settings = StudyConfig(n_experts=4, rank=3)
     n = {
-        name: sum(p.numel() for p in adapter_state(Model(config, adapter_of(VARIANTS[name], settings, base))).values())
+        name: sum(
+            p.numel() for p in adapter_state(Model(config, adapter_of(VARIANTS[name], settings, config))).values()
+        )
         for name in ("LoRA, same trained weights", BASELINE)
     }
     one = sum(p.numel() for p in adapter_state(Model(config, AdapterConfig(1, 1, 1))).values())
     assert abs(n["LoRA, same trained weights"] - n[BASELINE]) <= one / 2
-    active = adapter_of(VARIANTS["LoRA, same active weights"], settings, base)
+    active = adapter_of(VARIANTS["LoRA, same active weights"], settings, config)
     assert (active.n_experts, active.rank, active.alpha) == (1, 6, 12.0)
 
 
@@ -94,7 +103,9 @@ def test_differences_are_taken_seed_by_seed():
     assert difference["interval"] == pytest.approx([0.02, 0.02])  # the seeds' luck cancels
     low, high = found["measures"][QUEUE]["right"]["interval"]
     assert high - low > 0.01
-    assert "+2.0" in table(found) or "2.0 ±0.0" in table(found)
+    assert "2.0 ±0.0" in table(found)
+    titles, _, *rows = (line.split(" | ") for line in markdown(found).splitlines())
+    assert all(len(row) == len(titles) for row in rows)
 
 
 def test_a_study_goes_on_with_what_is_missing(settings, tmp_path, monkeypatch, capsys):
@@ -125,11 +136,32 @@ def test_words_of_a_careless_user(monkeypatch, capsys, tmp_path):
         assert said in capsys.readouterr().err
 
 
-def test_loss_alone_is_that_of_the_step(settings):
-    found = run_one(BASELINE, 0, StudyConfig(**{**settings.__dict__, "loss_only": True}))
-    assert "right" not in found
-    assert found["nll"] == pytest.approx(run_one(BASELINE, 0, settings)["nll"], rel=1e-4)
-    assert statistics.fmean([found["nll"]]) > 0
+def test_loss_alone_is_that_of_the_step_and_is_what_the_tables_show(settings, capsys, tmp_path, in_this_process):
+    config = replace(settings, loss_only=True)
+    found = study.study(tmp_path / "s", [BASELINE, QUEUE], 1, 1, config)
+    base, other = found["runs"]
+    assert "right" not in base
+    assert base["nll"] == pytest.approx(run_one(BASELINE, 0, settings)["nll"], rel=1e-4)
+    assert markdown(found).endswith(f"{other['nll'] - base['nll']:+.3f} |")  # one seed: no interval
+    assert f"{other['nll'] - base['nll']:+.3f}" in capsys.readouterr().out
+
+
+def test_a_run_that_fails_is_named_and_ends_no_other(settings, tmp_path, in_this_process):
+    broken = replace(settings, lr=1e9, steps=8)  # not that of plain LoRA
+    names = [BASELINE, "LoRA, same trained weights"]
+    with pytest.raises(ValueError, match=r"1 of 2 runs failed, the others are kept: \+ balance, seed 0: .*not finite"):
+        study.study(tmp_path / "s", names, 1, 1, broken)
+    assert [path.stem for path in (tmp_path / "s" / "runs").iterdir()] == ["LoRA_same_trained_weights-0"]
+
+
+def test_runs_of_a_variant_that_has_changed_are_refused(settings, tmp_path, monkeypatch, in_this_process):
+    study.study(tmp_path / "s", [QUEUE], 1, 1, settings)
+    monkeypatch.setitem(VARIANTS, QUEUE, replace(VARIANTS[QUEUE], weight=0.5))
+    with pytest.raises(ValueError, match=r"other settings \(weight\)"):
+        study.study(tmp_path / "s", [QUEUE], 1, 1, settings)
+    monkeypatch.delitem(VARIANTS, QUEUE)
+    with pytest.raises(ValueError, match="no run of a variant that there is"):
+        study.study(tmp_path / "s", [BASELINE], 1, 1, settings)
 
 
 def numbers_of(value):
