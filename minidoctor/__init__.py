@@ -3,7 +3,7 @@
 Read them in this order; each imports only files above it:
 config, files, families, chat, pieces, tokenizer, data, exams, linear, lora, router, model, weights, expert_queue,
 losses, memory, peft_layout, checkpoint, metrics, step, generate, prompts, letters, scoring, results, answers,
-evaluate, export, specialization, routing_view, live_bytes, figures, picture, contenders, peers, peaks, bench, forms,
+evaluate, export, specialization, routing_view, live_bytes, figures, picture, contenders, peers, peaks, bench,
 trial, study.
 
 Shapes in comments and docstrings use these letters:

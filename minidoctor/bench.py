@@ -28,7 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from minidoctor import peers
 from minidoctor.config import AdapterConfig, SampleConfig, TrainConfig, run
-from minidoctor.contenders import SHAPES, base_of, drawn_batch, frozen_step, our_step, twin
+from minidoctor.contenders import CONTRAST, SHAPES, base_of, drawn_batch, frozen_step, our_step, twin
 from minidoctor.data import Batch, Batches, collate, encode
 from minidoctor.exams import read_questions
 from minidoctor.generate import generate
@@ -70,7 +70,9 @@ def bench_train(given: argparse.Namespace, base: Model) -> dict[str, Any]:
     device = base.lm_head.weight.device
     moe = AdapterConfig(given.n_experts, given.top_k, given.rank, 2.0 * given.rank, tuple(given.targets.split(",")))
     lora = dataclasses.replace(moe, n_experts=1, top_k=1)
-    plain = TrainConfig(batch_size=given.batch_size, max_seq_len=given.seq_len, recompute=given.recompute)
+    plain = TrainConfig(
+        batch_size=given.batch_size, max_seq_len=given.seq_len, recompute=given.recompute, contrast_weight=CONTRAST
+    )
     config = dataclasses.replace(plain, compile=given.compile)
     matrix = torch.randn(2, *([4096 if device.type == "cuda" else 1024] * 2)).to(base.lm_head.weight)  # (2, n, n)
     floor = twin(base, compiled=given.compile)
@@ -83,9 +85,9 @@ def bench_train(given: argparse.Namespace, base: Model) -> dict[str, Any]:
     }
     if given.compile:
         steps["minidoctor, not compiled"] = our_step(base, moe, plain)
-    if peers.known(base) and peers.installed("transformers", "peft"):
+    if peers.known(base.config) and peers.installed("transformers", "peft"):
         steps["peft"] = peers.training_step(*peers.peft_lora(base, lora), config.lr, config.clip)
-    if peers.known(base) and peers.installed("transformers", "mixlora") and set(moe.targets) <= set(TARGETS):
+    if peers.known(base.config) and peers.installed("transformers", "mixlora") and set(moe.targets) <= set(TARGETS):
         steps["mixlora"] = peers.training_step(*peers.mixlora(base, moe), config.lr, config.clip)
     batches = {name: [drawn_batch(base.config.vocab_size, given.batch_size, given.seq_len)] for name in steps}
     if given.data:
@@ -163,7 +165,7 @@ def bench_sample(given: argparse.Namespace, base: Model) -> dict[str, Any]:
     }
     if given.compile:
         calls["batch 1, not compiled"] = lambda: sum(1 for _ in generate(base, [prompt], config, ()))
-    if peers.known(base) and peers.installed("transformers"):
+    if peers.known(base.config) and peers.installed("transformers"):
         peer, tokens = peers.llama(base).eval(), torch.tensor([prompt], device=device)
         n = given.new_tokens
         calls["transformers"] = lambda: peer.generate(tokens, max_new_tokens=n, min_new_tokens=n, do_sample=False)

@@ -19,6 +19,7 @@ from minidoctor.model import Model, adapter_state, compile_blocks
 from minidoctor.step import make_optimizer, make_queue, train_step
 from minidoctor.weights import load_model
 
+CONTRAST = 0.03  # its weight: on in all that is timed unless it says otherwise
 # The config.json of https://huggingface.co/HuggingFaceTB/SmolLM2-135M, Qwen/Qwen3-0.6B and Qwen/Qwen3-4B
 SHAPES = {
     "smollm2": ModelConfig(49152, 576, 30, 9, 3, 64, 1536, 8192, 1e-5, 1e5),

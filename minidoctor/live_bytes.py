@@ -17,6 +17,8 @@ from minidoctor.config import AdapterConfig, TrainConfig
 from minidoctor.expert_queue import ExpertQueue
 from minidoctor.losses import contrastive_routing_loss
 
+TOKENS = (1024, 4096, 16384, 65536)  # answer tokens of the batches that are looked at
+
 
 class LiveBytes(TorchDispatchMode):
     """Counts the memory of each result once, however many views of it there are, until nobody holds it any more."""

@@ -1,4 +1,4 @@
-"""Peak memory of training steps, each contender in a process of its own, and of the contrast. Linux only."""
+"""Peak memory of training steps, each contender in a process of its own, and of the contrast. On Linux."""
 
 import argparse
 import dataclasses
@@ -11,11 +11,11 @@ import torch
 
 from minidoctor import peers
 from minidoctor.config import AdapterConfig, TrainConfig
-from minidoctor.contenders import base_of, drawn_batch, our_step
-from minidoctor.live_bytes import contrast_bytes_by_tokens
+from minidoctor.contenders import CONTRAST, SHAPES, base_of, drawn_batch, our_step
+from minidoctor.families import read_model_config
+from minidoctor.live_bytes import TOKENS, contrast_bytes_by_tokens
 
-TOKENS = (1024, 4096, 16384, 65536)
-FORGET = Path("/proc/self/clear_refs")  # a 5 written to it: the peak so far is forgotten
+FORGET = Path("/proc/self/clear_refs")
 
 
 def peak_of(name: str, given: argparse.Namespace, found: Any) -> None:
@@ -24,7 +24,11 @@ def peak_of(name: str, given: argparse.Namespace, found: Any) -> None:
     base = base_of(given.base, given.shape, given.layers, given.device, given.dtype)
     moe = AdapterConfig(given.n_experts, given.top_k, given.rank, 2.0 * given.rank, tuple(given.targets.split(",")))
     config = TrainConfig(
-        batch_size=given.batch_size, max_seq_len=given.seq_len, recompute=given.recompute, compile=given.compile
+        batch_size=given.batch_size,
+        max_seq_len=given.seq_len,
+        recompute=given.recompute,
+        compile=given.compile,
+        contrast_weight=CONTRAST,
     )
     batch = drawn_batch(base.config.vocab_size, given.batch_size, given.seq_len)
     if name == "peft":
@@ -32,25 +36,34 @@ def peak_of(name: str, given: argparse.Namespace, found: Any) -> None:
         del base
     else:
         step = our_step(base, moe, config)
-    FORGET.write_text("5")  # building is not measured
+    forget()  # building is not measured
     held = []
     for number in range(given.steps):
         step(batch)
         if number in (2, given.steps - 1):
-            held.append(status("VmHWM"))
+            held.append(peak_gib())
     found.put((held[0], held[-1]))
 
 
-def status(key: str) -> float:
-    """A size in GiB that Linux knows of this process."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key + ":"))
-    return int(line.split()[1]) / 2**20
+def forget() -> None:
+    """The peak so far does not count: of the GPU, or of this process as Linux knows it."""
+    if torch.cuda.is_initialized():
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        FORGET.write_text("5")
+
+
+def peak_gib() -> float:
+    if torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated() / 2**30
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) / 2**20
 
 
 def bench_memory(given: argparse.Namespace) -> dict[str, Any]:
     if not FORGET.exists():
         raise ValueError("the peak memory of a process is measured on Linux only")
-    known = peers.known(base_of(given.base, given.shape, given.layers, given.device, given.dtype))
+    known = peers.known(read_model_config(given.base) if given.base else SHAPES[given.shape])
     names = ["minidoctor", *(["peft"] if known and peers.installed("transformers", "peft") else [])]
     peaks = {name: alone(peak_of, name, given) for name in names}
     adapter = AdapterConfig(given.n_experts, given.top_k, given.rank)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minidoctor.config import AdapterConfig
+from minidoctor.config import AdapterConfig, ModelConfig
 from minidoctor.data import IGNORE, Batch
 from minidoctor.model import Model, is_adapter_name
 
@@ -24,9 +24,8 @@ def installed(*packages: str) -> bool:
     return all(find_spec(package) for package in packages)
 
 
-def known(model: Model) -> bool:
+def known(c: ModelConfig) -> bool:
     """Whether it is a plain Llama: only that is built for the peers."""
-    c = model.config
     return not (c.qkv_bias or c.qk_norm or c.window or c.rope_scaling)
 
 

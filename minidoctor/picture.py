@@ -24,7 +24,7 @@ from minidoctor.config import AdapterConfig, TrainConfig, choose_device, choose_
 from minidoctor.data import Row, encode, parse_json
 from minidoctor.exams import read_questions
 from minidoctor.files import read_bytes
-from minidoctor.live_bytes import contrast_bytes_by_tokens
+from minidoctor.live_bytes import TOKENS, contrast_bytes_by_tokens
 from minidoctor.model import Model
 from minidoctor.routing_view import (
     Piece,
@@ -34,13 +34,12 @@ from minidoctor.routing_view import (
     question_start,
     sublayers,
 )
-from minidoctor.specialization import Served, by_label, mutual_information, served, shares
+from minidoctor.specialization import Served, by_label, load_of_experts, mutual_information, served, shares
 from minidoctor.tokenizer import Tokenizer, printable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-TOKENS = (1024, 4096, 16384, 65536)  # answer tokens of the batches in the memory picture
 MOST_PIECES = 120  # of a question and its answer that are drawn
 
 
@@ -149,11 +148,6 @@ def memory_picture() -> "Figure":
     }
     title = f"Memory of the contrastive loss and its gradient, {config.n_anchors} anchors"
     return figures.memory_figure(told, TOKENS, title)
-
-
-def load_of_experts(found: Served, n_experts: int) -> Tensor:
-    """Share of all tokens that go to an expert first (L, E)."""
-    return shares(torch.zeros_like(found.question), found.expert_ids, n_experts).squeeze(2)  # (L, E)
 
 
 def main() -> None:

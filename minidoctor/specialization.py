@@ -6,7 +6,8 @@
                             given beside what remains of it when the questions' topics are shuffled
     likeness                mean cosine of two experts' updates B_i A_i as matrices: that of outputs, for random inputs
 
-Measured on the answer tokens of questions, layer by layer, then averaged.
+Measured on the answer tokens of questions, layer by layer, then averaged. Questions about one condition share its topic
+and its name: what an expert tells of the topic, it may tell of the name.
 """
 
 import math
@@ -72,8 +73,13 @@ def by_label(found: Served, of_question: list[str], n_experts: int, n_shuffles: 
     return {"bits": bits, "shuffled": sum(chance) / n_shuffles}
 
 
+def load_of_experts(found: Served, n_experts: int) -> Tensor:
+    """Share of all tokens that go to an expert first (L, E)."""
+    return shares(torch.zeros_like(found.question), found.expert_ids, n_experts).squeeze(2)  # (L, E)
+
+
 def load_of(found: Served, n_experts: int) -> dict[str, float]:
-    load = shares(torch.zeros_like(found.question), found.expert_ids, n_experts).squeeze(2)  # (L, E)
+    load = load_of_experts(found, n_experts)  # (L, E)
     entropy = torch.special.entr(load).sum(1) / math.log(n_experts)  # (L,)
     starved = int((load < 0.1 / n_experts).sum())
     return {"entropy": entropy.mean().item(), "starved": starved, "experts": load.numel(), "least": load.min().item()}

@@ -92,7 +92,7 @@ def table(summary: dict[str, Any]) -> str:
         lines.append(f"\nless {other!r}, seed by seed, in points; nll in nats:")
         for name, of in of_other.items():
             cells = [*(percent(of.get(key)) for key in ("right", "open", "choice")), signed(of, "nll", 1, 3)]
-            lines.append(f"{name:42}" + "".join(f"{cell:>13}" for cell in cells))
+            lines.append(f"{name:42}" + "".join(f"{cell:>13}" for cell in cells[:3]) + f"{cells[3]:>28}")
     return "\n".join(lines)
 
 

@@ -6,21 +6,24 @@ moved     share of tokens whose first expert changed in the last quarter of the 
 """
 
 import dataclasses
+import functools
 import math
 import statistics
 import time
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from minidoctor.answers import evaluate
 from minidoctor.config import TARGETS, AdapterConfig, EvalConfig, ModelConfig, TrainConfig, check, check_range, flag
-from minidoctor.data import IGNORE, Batches, Example, Row, collate, encode, read_rows
+from minidoctor.data import IGNORE, Batch, Batches, Example, Row, collate, encode, read_rows
+from minidoctor.expert_queue import ExpertQueue
 from minidoctor.families import read_model_config
-from minidoctor.forms import Balanced, ByLabel, ByQuestion, InBatch, Outputs
-from minidoctor.losses import language_model_loss
+from minidoctor.losses import contrastive_routing_loss, language_model_loss
 from minidoctor.metrics import peak_memory_gib
 from minidoctor.model import Model, adapter_state, trained_weights
+from minidoctor.router import Routing
 from minidoctor.specialization import Served, by_label, likeness, load_of, served
 from minidoctor.step import make_optimizer, make_queue, train_step
 from minidoctor.tokenizer import load_tokenizer
@@ -63,9 +66,9 @@ class Variant:
     experts: bool = True
     rank_like: str = ""  # plain LoRA with as many weights as the experts have "trained" or "active"
     balance: bool = True
-    form: str = ""  # of the contrast: another than the design's, which has none
-    weight: float = 0.0
+    weight: float = 0.0  # of the contrast
     temperature: float = 0.1
+    queue: bool = True
 
 
 VARIANTS = {
@@ -74,14 +77,9 @@ VARIANTS = {
     "LoRA, same active weights": Variant(rank_like="active"),
     "LoRA-MoE": Variant(balance=False),
     "+ balance": Variant(),
-    # Each with the best of the weights 0.01 and 0.1 on data/dev.jsonl, seed 0; by question and of balanced choices also
-    # 0.3, the first two also 0.03 at temperature 0.3.
-    "+ balance + contrast in the batch": Variant(form="batch", weight=0.03, temperature=0.3),
+    # Weight and temperature: the best of four on data/dev.jsonl, seed 0.
+    "+ balance + contrast in the batch": Variant(weight=0.03, temperature=0.3, queue=False),
     "+ balance + contrast with the queue": Variant(weight=0.03, temperature=0.3),
-    "+ balance + contrast by topic": Variant(form="topic", weight=0.01),
-    "+ balance + contrast by question": Variant(form="question", weight=0.1),
-    "+ balance + contrast of balanced choices": Variant(form="balanced", weight=0.3),
-    "+ balance + contrast of outputs": Variant(form="outputs", weight=0.01),
 }
 BASELINE = "+ balance"
 
@@ -122,21 +120,25 @@ def train_config(variant: Variant, config: StudyConfig, seed: int) -> TrainConfi
     )
 
 
-def form_of(name: str, model: Model, train: TrainConfig, n_topics: int) -> Any:
-    adapter = model.adapter
-    assert adapter
-    n_layers = sum(key.endswith("router.scale") for key in adapter_state(model))
-    temperature, capacity = train.contrast_temperature, train.queue_capacity
-    if name == "topic":
-        check(n_topics > 1, "the contrast by topic needs questions of more than one topic")
-        capacity = max(train.queue_share, capacity * adapter.n_experts // n_topics)  # as many keys in all
-        return ByLabel(temperature, n_layers, n_topics, capacity, adapter.routing_dim, train.queue_share)
-    if name == "balanced":
-        size = n_layers, adapter.n_experts, capacity, adapter.routing_dim
-        return Balanced(temperature, *size, train.queue_share)
-    if name == "outputs":
-        return Outputs(model, temperature)
-    return {"batch": InBatch, "question": ByQuestion}[name](temperature)
+def at(routings: list[Routing], places: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """z (L, n, Z), gates (L, n, E) and first choices (L, n) of some tokens."""
+    z, gates, ids = (
+        torch.stack([tensor.flatten(0, 1)[places] for tensor in tensors])
+        for tensors in zip(*((r.z, r.gates, r.expert_ids[..., 0]) for r in routings), strict=True)
+    )
+    return z, gates, ids
+
+
+def contrast_in_batch(batch: Batch, routings: list[Routing], anchors: Tensor, temperature: float) -> Tensor:
+    """The contrast without a memory: the anchors against all other answer tokens of the batch."""
+    anchors = anchors[: max(1, len(batch.answers) // 2)]  # where there are few, half of them
+    z, gates, _ = at(routings, anchors)
+    others, _, ids = at(routings, batch.answers[~torch.isin(batch.answers, anchors)])
+    n_layers, n, routing_dim = others.shape
+    ring = ExpertQueue(n_layers, gates.shape[-1], max(1, n), routing_dim)  # of this moment alone
+    if n:
+        ring.enqueue(others.detach(), ids, n)
+    return contrastive_routing_loss(z, gates, ring.keys, ring.filled(), temperature)
 
 
 def rows_of(config: StudyConfig) -> list[Row]:
@@ -156,13 +158,13 @@ def run_one(name: str, seed: int, config: StudyConfig) -> dict[str, Any]:
     train = train_config(variant, config, seed)
     rows, tested = read_rows(config.data), rows_of(config)
     examples = [encode(row.messages, tokenizer, config.max_seq_len) for row in rows]
-    topics = sorted({row.topic for row in rows})
-    topic = {id(example): topics.index(row.topic) for example, row in zip(examples, rows, strict=True)}
     learned = [example for example in examples if max(example.targets) != IGNORE]
     batches = Batches(learned, config.batch_size, seed).starting_at(0)
     optimizer = make_optimizer(model, train)
-    form = form_of(variant.form, model, train, len(topics)) if variant.form else None
-    queue = None if form else make_queue(model, train)
+    more = None
+    if variant.weight and not variant.queue:
+        more = functools.partial(contrast_in_batch, temperature=variant.temperature)
+    queue = None if more else make_queue(model, train)
     routed = adapter is not None and adapter.n_experts > 1
     before: Served | None = None
     seconds, peak = [], 0.0
@@ -170,10 +172,8 @@ def run_one(name: str, seed: int, config: StudyConfig) -> dict[str, Any]:
     model.train()
     for step in range(config.steps):
         ordered = sorted(next(batches), key=lambda example: len(example.tokens))
-        if isinstance(form, ByLabel):
-            form.of_row = torch.tensor([topic[id(example)] for example in ordered])
         start = time.perf_counter()
-        figures = train_step(model, optimizer, queue, [collate(ordered)], step, train, form)
+        figures = train_step(model, optimizer, queue, [collate(ordered)], step, train, more)
         seconds.append(time.perf_counter() - start)
         peak = peak_memory_gib() if step + 1 == config.steps * 3 // 4 else peak  # before anything is evaluated
         if routed and step + 1 == config.steps * 3 // 4:

@@ -320,3 +320,11 @@ def test_a_routing_that_cannot_be_shown_is_refused_in_one_line(ask, base_dir, ad
         assert message in err
         assert err.startswith("sample.py: ")
         assert err.count("\n") == 1
+
+
+def test_compile_compiles_the_model_that_is_asked(ask, base_dir, answer, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(sample, "compile_blocks", compiled.append)
+    _, out, _ = ask("gout?", "--base", base_dir, "--compile", "--max-new-tokens", 8)
+    assert len(compiled) == 1
+    assert out == shown(answer("gout?"))

@@ -19,7 +19,7 @@ import train
 from minidoctor import step as the_step
 from minidoctor.checkpoint import ADAPTER, STATE, load_adapted_model, read_run
 from minidoctor.config import AdapterConfig, TrainConfig
-from minidoctor.data import Batch, Batches, encode, explained, parse_row
+from minidoctor.data import Batch, Batches, collate, encode, explained, parse_row
 from minidoctor.files import read_tensors
 from minidoctor.losses import contrastive_routing_loss, load_balance_loss
 from minidoctor.model import adapter_state, trained_weights
@@ -465,3 +465,35 @@ def test_a_step_waits_for_no_number(make_config, tokenizer):
     parts = the_step.parts_of(batch, 2)
     with NoWaiting():
         the_step.train_step(model, optimizer, queue, parts, 0, config)
+
+
+def test_blocks_are_compiled_for_the_steps_alone_and_a_resumed_run_chooses_anew(make_config, monkeypatch, data):
+    happened = []
+    monkeypatch.setattr(train, "compile_blocks", lambda model: happened.append("compiled"))
+    evaluate, step = train.evaluate, train.train_step
+    monkeypatch.setattr(train, "evaluate", lambda *a, **k: (happened.append("evaluated"), evaluate(*a, **k))[1])
+    monkeypatch.setattr(train, "train_step", lambda *a: (happened.append("step"), step(*a))[1])
+    config = make_config(steps=2, eval=str(data), compile=True)
+    train.train(config, ADAPTER_CONFIG, {})
+    assert happened == ["evaluated", "compiled", "step", "step", "evaluated"]
+    given = {"out": config.out, "resume": True}
+    assert train.start_or_resume(given)[0].compile is False
+    assert train.start_or_resume({**given, "compile": True})[0].compile is True
+
+
+def test_a_loss_that_is_being_studied_is_weighted_like_the_contrast(make_config, tokenizer):
+    config = make_config(contrast_weight=0.5, contrast_warmup=0, balance_weight=0.0)
+    torch.manual_seed(0)
+    model = load_model(config.base, adapter=ADAPTER_CONFIG)
+    parts = [collate(examples_of(config, tokenizer)[:4])]
+    seen = []
+
+    def more(batch, routings, anchors):
+        seen.append(anchors)
+        return 3 * routings[0].z.flatten(0, 1)[anchors].sum()
+
+    figures = the_step.train_step(model, the_step.make_optimizer(model, config), None, parts, 0, config, more)
+    losses = figures.losses
+    torch.testing.assert_close(losses["loss"], losses["lm"] + 0.5 * losses["more"])
+    assert set(seen[0].tolist()) <= set(parts[0].answers.tolist())
+    assert losses["more"] != 0
