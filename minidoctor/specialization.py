@@ -30,9 +30,11 @@ class Served(NamedTuple):
 
 
 @torch.inference_mode()
-def served(model: Model, tokenizer: Tokenizer, rows: list[Row], batch_size: int = 32) -> Served:
+def served(
+    model: Model, tokenizer: Tokenizer, rows: list[Row], max_seq_len: int | None = None, batch_size: int = 32
+) -> Served:
     """Asks the questions with their right answers. Raises ValueError for a model without a router."""
-    device, limit = model.lm_head.weight.device, model.config.max_seq_len
+    device, limit = model.lm_head.weight.device, max_seq_len or model.config.max_seq_len
     examples = [encode(row.messages, tokenizer, limit) for row in rows]
     ids, question = [], []
     for start in range(0, len(rows), batch_size):

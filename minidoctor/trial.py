@@ -177,7 +177,7 @@ def run_one(name: str, seed: int, config: StudyConfig) -> dict[str, Any]:
         seconds.append(time.perf_counter() - start)
         peak = peak_memory_gib() if step + 1 == config.steps * 3 // 4 else peak  # before anything is evaluated
         if routed and step + 1 == config.steps * 3 // 4:
-            before = served(model, tokenizer, tested)
+            before = served(model, tokenizer, tested, config.max_seq_len)
     model.eval()
     last = {key: loss.item() for key, loss in figures.losses.items()}
     if not all(map(math.isfinite, last.values())):
@@ -195,7 +195,7 @@ def run_one(name: str, seed: int, config: StudyConfig) -> dict[str, Any]:
         "train_loss": last["lm"],
         "step_seconds": statistics.median(seconds),
         "peak_memory_gib": peak,
-        **(routing_of(model, tested, served(model, tokenizer, tested), before) if routed else {}),
+        **(routing_of(model, tested, served(model, tokenizer, tested, config.max_seq_len), before) if routed else {}),
     }
 
 
