@@ -10,7 +10,6 @@ python sample.py --adapter out --questions q.txt --out answers.jsonl       one q
 import argparse
 import contextlib
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -59,8 +58,7 @@ def reply(
 
 
 def show_routing(model: Model, tokenizer: Tokenizer, tokens: list[int], start: int, sublayer: int) -> None:
-    colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")  # as https://no-color.org asks
-    print("\n" + routing_text(model, tokenizer, tokens, start, sublayer, colour))
+    print("\n" + routing_text(model, tokenizer, tokens, start, sublayer, colour=sys.stdout.isatty()))
 
 
 def chat(model: Model, tokenizer: Tokenizer, config: SampleConfig, sublayer: int | None = None) -> None:

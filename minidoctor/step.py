@@ -46,6 +46,15 @@ def make_optimizer(model: Model, config: TrainConfig) -> torch.optim.Optimizer:
     return optimizer
 
 
+def of_tokens(routings: list[Routing], places: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """z (L, n, Z), gates (L, n, E) and first choices (L, n) of the tokens at some flattened positions (n,)."""
+    z, gates, expert_ids = (
+        torch.stack([tensor.flatten(0, 1)[places] for tensor in tensors])
+        for tensors in zip(*((r.z, r.gates, r.expert_ids[..., 0]) for r in routings), strict=True)
+    )
+    return z, gates, expert_ids
+
+
 Auxiliary = Callable[[Batch, list[Routing], Tensor], Tensor]
 
 
@@ -83,10 +92,7 @@ def train_step(
         if routings:
             balance = [load_balance_loss(r.probs, r.expert_ids, batch.real) for r in routings]
             new["balance"] = torch.stack(balance).mean() / len(parts)
-            z, gates, expert_ids = (
-                torch.stack([tensor.flatten(0, 1)[anchors] for tensor in tensors])
-                for tensors in zip(*((r.z, r.gates, r.expert_ids[..., 0]) for r in routings), strict=True)
-            )  # (L, n, Z), (L, n, E), (L, n)
+            z, gates, expert_ids = of_tokens(routings, anchors)  # (L, n, Z), (L, n, E), (L, n)
             served.append((z.detach(), expert_ids))
             if queue:
                 contrast = contrastive_routing_loss(z, gates, queue.keys, queue.filled(), config.contrast_temperature)

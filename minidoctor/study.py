@@ -32,7 +32,7 @@ from minidoctor.data import read_rows
 from minidoctor.files import read_object, write_json
 from minidoctor.trial import BASELINE, VARIANTS, StudyConfig, rows_of, run_one
 
-# Two-sided 95 % points of Student's t for 1, 2, ... degrees of freedom
+# Two-sided 95 % points of Student's t for 1, 2, ... degrees of freedom; for more than these the last, a little wide
 T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120)
 
 

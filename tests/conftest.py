@@ -2,6 +2,7 @@
 
 import io
 import json
+import sys
 
 import pytest
 import sentencepiece
@@ -10,7 +11,7 @@ from torch import nn
 
 from minidoctor.chat import FORMATS
 from minidoctor.checkpoint import ADAPTER, load_adapted_model, save_adapter_config
-from minidoctor.config import AdapterConfig, ModelConfig
+from minidoctor.config import AdapterConfig, ModelConfig, run
 from minidoctor.files import write_tensors
 from minidoctor.model import Model, adapter_state
 from minidoctor.tokenizer import load_tokenizer
@@ -125,6 +126,22 @@ def adapter_dir(tmp_path_factory, base_dir, adapter):
 @pytest.fixture
 def adapted(base_dir, adapter_dir):
     return load_adapted_model(base_dir, adapter_dir)
+
+
+@pytest.fixture
+def program(monkeypatch, capsys):
+    """Runs a program's main with these words; returns exit code, stdout and stderr."""
+
+    def program(main, *words):
+        monkeypatch.setattr(sys, "argv", list(map(str, words)))
+        code = 0
+        try:
+            run(main)
+        except SystemExit as ended:
+            code = ended.code
+        return code, *capsys.readouterr()
+
+    return program
 
 
 @pytest.fixture

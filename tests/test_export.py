@@ -1,6 +1,5 @@
 import json
 import shutil
-import sys
 from dataclasses import replace
 
 import pytest
@@ -9,7 +8,7 @@ from torch import nn
 
 from minidoctor import export
 from minidoctor.checkpoint import ADAPTER, load_adapted_model, save_adapter_config
-from minidoctor.config import AdapterConfig, ModelConfig, RopeScaling, SampleConfig, run
+from minidoctor.config import AdapterConfig, ModelConfig, RopeScaling, SampleConfig
 from minidoctor.families import read_model_config
 from minidoctor.files import read_header, read_tensors, write_tensors
 from minidoctor.generate import complete
@@ -33,19 +32,9 @@ KINDS = {
 
 
 @pytest.fixture
-def call(monkeypatch, capsys):
+def call(program):
     """Runs the program with these words; returns exit code, stdout and stderr."""
-
-    def call(*words):
-        monkeypatch.setattr(sys, "argv", ["export", *map(str, words)])
-        code = 0
-        try:
-            run(export.main)
-        except SystemExit as ended:
-            code = ended.code
-        return code, *capsys.readouterr()
-
-    return call
+    return lambda *words: program(export.main, "export", *words)
 
 
 def randomized(model):

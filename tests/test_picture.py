@@ -11,7 +11,7 @@ import torch
 
 from minidoctor import picture
 from minidoctor.checkpoint import ADAPTER, save_adapter_config
-from minidoctor.config import AdapterConfig, run
+from minidoctor.config import AdapterConfig
 from minidoctor.data import parse_row
 from minidoctor.files import write_tensors
 from minidoctor.model import adapter_state
@@ -43,20 +43,13 @@ def run_dir(tmp_path, adapter_dir):
 
 
 @pytest.fixture
-def draw(monkeypatch, capsys, tmp_path, base_dir, run_dir, rows_file):
+def draw(monkeypatch, program, tmp_path, base_dir, run_dir, rows_file):
     """Runs the program into tmp_path/pictures; returns exit code, stdout and stderr."""
     monkeypatch.setattr(picture, "TOKENS", (1024, 2048))
 
     def draw(*words, rows=ROWS):
         defaults = ["--run", run_dir, "--base", base_dir, "--data", rows_file(*rows), "--device", "cpu"]
-        words = [tmp_path / "pictures", *defaults, *words]
-        monkeypatch.setattr(sys, "argv", ["picture.py", *map(str, words)])
-        code = 0
-        try:
-            run(picture.main)
-        except SystemExit as ended:
-            code = ended.code
-        return code, *capsys.readouterr()
+        return program(picture.main, "picture.py", tmp_path / "pictures", *defaults, *words)
 
     return draw
 

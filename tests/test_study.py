@@ -1,7 +1,6 @@
 import json
 import math
 import re
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +9,7 @@ import pytest
 import torch
 
 from minidoctor import study, trial
-from minidoctor.config import AdapterConfig, run
+from minidoctor.config import AdapterConfig
 from minidoctor.model import Model, adapter_state
 from minidoctor.study import markdown, mean_of, path_of, summary_of, table
 from minidoctor.trial import BASELINE, VARIANTS, StudyConfig, adapter_of, run_one
@@ -108,7 +107,7 @@ def test_differences_are_taken_seed_by_seed():
     assert all(len(row) == len(titles) for row in rows)
 
 
-def test_a_study_goes_on_with_what_is_missing(settings, tmp_path, monkeypatch, capsys):
+def test_a_study_goes_on_with_what_is_missing(settings, tmp_path, capsys, program):
     first = study.study(tmp_path / "s", [BASELINE], 1, 1, settings)
     stamp = path_of(tmp_path / "s", BASELINE, 0).stat().st_mtime_ns
     both = study.study(tmp_path / "s", [BASELINE, QUEUE], 1, 1, settings)
@@ -117,23 +116,21 @@ def test_a_study_goes_on_with_what_is_missing(settings, tmp_path, monkeypatch, c
     assert json.loads((tmp_path / "s" / "study.json").read_text())["runs"] == both["runs"]
     assert QUEUE in capsys.readouterr().out
     words = ["--out", tmp_path / "s", "--base", settings.base, "--data", settings.data, "--eval", settings.eval]
-    monkeypatch.setattr(sys, "argv", ["study", *map(str, words), "--steps", "7"])
-    with pytest.raises(SystemExit):
-        run(study.main)
-    assert "a run with other settings" in capsys.readouterr().err
+    code, _, err = program(study.main, "study", *words, "--steps", 7)
+    assert code == 2
+    assert "a run with other settings" in err
 
 
-def test_words_of_a_careless_user(monkeypatch, capsys, tmp_path):
+def test_words_of_a_careless_user(program, tmp_path):
     for words, said in (
         (["--variants", "no such"], "no variant 'no such'"),
         (["--data", "nowhere.jsonl"], "nowhere.jsonl: no such file"),
         (["--seeds", "-1"], "--seeds must be at least 1"),
         (["--jobs", "0"], "--jobs must be at least 1"),
     ):
-        monkeypatch.setattr(sys, "argv", ["study", "--out", str(tmp_path / "s"), *words])
-        with pytest.raises(SystemExit):
-            run(study.main)
-        assert said in capsys.readouterr().err
+        code, _, err = program(study.main, "study", "--out", tmp_path / "s", *words)
+        assert code == 2
+        assert said in err
 
 
 def test_loss_alone_is_that_of_the_step_and_is_what_the_tables_show(settings, capsys, tmp_path, in_this_process):
