@@ -129,7 +129,7 @@ class AdapterConfig:
         )
 
 
-COMPILE = "make machine code of the model's blocks (torch.compile): half a minute at first, then faster"
+COMPILE = "make machine code of the blocks (torch.compile): half a minute at first, then faster, in writing most"
 
 
 @dataclass(frozen=True)
