@@ -47,7 +47,7 @@ class StudyConfig:
     rank: int = flag(2, "rank of one expert")
     targets: tuple[str, ...] = flag(tuple(TARGETS), "linear layers that get experts")
     # The rates are the best of 0.002, 0.004, 0.008 and 0.016 (full: of 0.0005 and 0.001) on half of data/dev.jsonl,
-    # seed 0, with a balance weight of 0.01. That of 0.03 was taken between 0.01, where most experts starved, and 0.1.
+    # seed 0, with a balance weight of 0.01. That of 0.03 was taken between 0.01, where more starved, and 0.1.
     lr: float = flag(8e-3, "peak learning rate of experts")
     lora_lr: float = flag(8e-3, "peak learning rate of plain LoRA with the same trained weights")
     active_lr: float = flag(1.6e-2, "peak learning rate of plain LoRA with the same active weights")
