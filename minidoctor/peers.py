@@ -30,7 +30,7 @@ def known(c: ModelConfig) -> bool:
 
 
 def llama(model: Model) -> Any:
-    """The same frozen model in `transformers`."""
+    """The same frozen model in `transformers`, on the same memory: two places in it can differ in speed."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     c = model.config
@@ -41,7 +41,7 @@ def llama(model: Model) -> Any:
         rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta},
     )  # fmt: skip
     peer = LlamaForCausalLM(config).to(device=model.lm_head.weight.device, dtype=model.lm_head.weight.dtype)
-    peer.load_state_dict({k: v for k, v in model.state_dict().items() if not is_adapter_name(k)})
+    peer.load_state_dict({k: v for k, v in model.state_dict().items() if not is_adapter_name(k)}, assign=True)
     return peer.requires_grad_(False)
 
 
