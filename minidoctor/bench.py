@@ -10,7 +10,7 @@ All that is compared runs alternately in one process; a ratio is the median of t
 and the greatest. Shared machines slow down and recover within seconds: figures of two runs are not to be compared.
 
 Floors: in training the frozen model's own forward and backward on the same tokens; in decoding one reading of all
-weights where they lie, by a sum over each (on a virtual machine two places in the memory can differ by half). MFU:
+weights where they lie, by a sum over each (the memory of a shared machine can slow down by half and recover). MFU:
 operations of the products of a step (on a CPU without those of attention, which torch does not count there) over those
 that large products would do in the same time.
 """

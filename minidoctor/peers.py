@@ -30,7 +30,7 @@ def known(c: ModelConfig) -> bool:
 
 
 def llama(model: Model) -> Any:
-    """The same frozen model in `transformers`, on the same memory: two places in it can differ in speed."""
+    """The same frozen model in `transformers`; the weights are not copied."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     c = model.config

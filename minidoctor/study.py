@@ -30,7 +30,7 @@ from tqdm import tqdm
 from minidoctor.config import add_flags, from_flags, run
 from minidoctor.data import read_rows
 from minidoctor.files import read_object, write_json
-from minidoctor.trial import BASELINE, VARIANTS, StudyConfig, rows_of, run_one
+from minidoctor.trial import BASELINE, STRONGER, VARIANTS, StudyConfig, rows_of, run_one
 
 # Two-sided 95 % points of Student's t for 1, 2, ... degrees of freedom; for more than these the last, a little wide
 T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120)
@@ -46,7 +46,7 @@ def mean_of(values: list[float]) -> dict[str, Any]:
 
 
 def summary_of(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Of each variant every measure; and against the baseline and plain LoRA the paired differences."""
+    """Of each variant every measure; and against balance, stronger balance and plain LoRA the paired differences."""
     names = list(dict.fromkeys(run["variant"] for run in runs))
     by_seed = {name: {run["seed"]: run for run in runs if run["variant"] == name} for name in names}
     measures: dict[str, Any] = {}
@@ -56,7 +56,7 @@ def summary_of(runs: list[dict[str, Any]]) -> dict[str, Any]:
         keys = [key for key in first if key not in ("variant", "seed")]
         measures[name] = {key: mean_of([run[key] for run in by_seed[name].values()]) for key in keys}
     differences: dict[str, Any] = {}
-    for other in (BASELINE, "LoRA, same trained weights"):
+    for other in (BASELINE, STRONGER, "LoRA, same trained weights"):
         for name in names:
             seeds = sorted(by_seed[name].keys() & by_seed.get(other, {}).keys())
             if name != other and seeds:

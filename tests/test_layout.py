@@ -36,7 +36,7 @@ def test_the_readme_has_the_real_order_and_line_counts():
     for name, lines in table:
         path = ROOT / name if name in ("train.py", "sample.py") else PACKAGE / name
         assert len(path.read_text(encoding="utf-8").splitlines()) == int(lines), name
-    assert len(readme.splitlines()) < 240  # of them 30 are the study, with its table and pictures
+    assert len(readme.splitlines()) < 250  # of them 40 are the study, with its table and pictures
 
 
 def test_nothing_on_disk_can_execute_code():

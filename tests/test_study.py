@@ -3,6 +3,7 @@ import math
 import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -10,9 +11,9 @@ import torch
 
 from minidoctor import study, trial
 from minidoctor.config import AdapterConfig
-from minidoctor.model import Model, adapter_state
+from minidoctor.model import Model, adapter_state, trained_weights
 from minidoctor.study import markdown, mean_of, path_of, summary_of, table
-from minidoctor.trial import BASELINE, VARIANTS, StudyConfig, adapter_of, run_one
+from minidoctor.trial import BASELINE, STRONGER, VARIANTS, StudyConfig, adapter_of, run_one
 
 ROOT = Path(__file__).parent.parent
 QUEUE = "+ balance + contrast with the queue"
@@ -59,6 +60,27 @@ def test_variants_of_one_seed_see_the_same_batches_and_start_from_the_same_exper
     assert all(torch.equal(a, b) for (a, _), (b, _) in zip(*seen.values(), strict=True))
     assert torch.equal(*(steps[0][1] for steps in seen.values()))
     assert not torch.equal(*(steps[-1][1] for steps in seen.values()))  # and the contrast does something
+
+
+def test_a_router_as_drawn_is_not_trained(settings, monkeypatch):
+    trained, original = [], trial.make_optimizer
+
+    def spy(model, *others):
+        trained.append(set(trained_weights(model)))
+        return original(model, *others)
+
+    monkeypatch.setattr(trial, "make_optimizer", spy)
+    for name in ("LoRA-MoE, router as drawn", "LoRA-MoE"):
+        run_one(name, 0, settings)
+    drawn, usual = trained
+    assert usual - drawn == {key for key in usual if ".router." in key} != set()
+
+
+def test_balance_is_off_on_or_ten_times(settings):
+    weights = [
+        trial.train_config(VARIANTS[name], settings, 0).balance_weight for name in ("LoRA-MoE", BASELINE, STRONGER)
+    ]
+    assert weights == [0, settings.balance_weight, 10 * settings.balance_weight]
 
 
 def test_plain_lora_has_as_many_weights(config):
@@ -172,15 +194,49 @@ def numbers_of(value):
     return {f"{abs(100 * value):.1f}", f"{abs(value):.3f}"} if isinstance(value, float) else set()
 
 
+def stored(name):
+    return json.loads((ROOT / "tests" / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def weights_needed(studies, name, share):
+    """Trained weights for so many right open answers, by straight lines over their logarithm between the ranks."""
+    points = [[of["measures"][name][key]["mean"] for key in ("trained_weights", "open")] for of in studies]
+    for (fewer, low), (more, high) in pairwise(points):
+        if low <= share <= high:
+            return round(fewer * (more / fewer) ** ((share - low) / (high - low)), -4)
+    raise AssertionError(f"{share} is not between {points}")
+
+
 def test_the_readme_says_what_the_studies_found():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     section = re.search(r"## Does contrast help\?\n(.*?)\n## ", readme, re.DOTALL)[1]
-    small, large = (json.loads((ROOT / "tests" / name).read_text()) for name in ("study.json", "study_smollm2.json"))
-    assert summary_of(small["runs"]) == {key: small[key] for key in ("seeds", "measures", "differences")}
+    small, large, low, high = map(stored, ("study", "study_smollm2", "study_rank1", "study_rank4"))
+    for found in (small, low, high):
+        assert summary_of(found["runs"]) == {key: found[key] for key in ("seeds", "measures", "differences")}
     assert markdown(small) in section
-    known = {"95", "64", "0"}  # the level of the intervals, experts in all sublayers, and what an interval may hold
-    for found in (small, large):
+    # The level of the intervals, experts in all sublayers, what an interval may hold, a share to be reached
+    known = {"95", "64", "0", "70"}
+    for found in (small, large, low, high):
         known |= numbers_of([found["config"], found["measures"], found["differences"], found["seeds"]])
+    for name in (BASELINE, "LoRA, same trained weights"):
+        known.add(f"{weights_needed((low, small, high), name, 0.7):,.0f}")
     text = re.sub(r"<[^>]*>|`[^`]*`|\([^)]*\.(?:png|json|py)\)|arXiv \S+|https?://\S+|\|.*\|", "", section)
     for number in re.findall(r"(?<![\w.])\d[\d,]*(?:\.\d+)?(?![\w])", text):
         assert number.rstrip(",") in known, number
+
+
+def test_each_form_was_studied_with_the_best_setting_of_its_search():
+    settings = {}
+    for run in stored("study_search"):
+        if "weight" in run:
+            of_form = settings.setdefault(run["variant"], {})
+            of_form.setdefault((run["weight"], run["temperature"]), {})[run["seed"]] = run["open"]
+    assert len(settings) == 7
+    variants = stored("study")["variants"]
+    for name, tried in settings.items():
+        assert len(tried) >= 8
+        means = {of: sum(seeds.values()) / 3 for of, seeds in tried.items() if len(seeds) == 3}
+        chosen = variants[name]["weight"], variants[name]["temperature"]
+        assert means[chosen] > max(means.values()) - 0.001  # of outputs, two are alike
+        if name in VARIANTS:
+            assert chosen == (VARIANTS[name].weight, VARIANTS[name].temperature)
