@@ -19,14 +19,16 @@ from torch import nn
 from tqdm import tqdm
 
 from data.make_data import declarative_text, read_table
-from minidoctor.chat import FORMATS
-from minidoctor.config import ModelConfig, TrainConfig, choose_device, run
-from minidoctor.data import Example, collate
-from minidoctor.files import write_atomically
+from minidoctor.batching import Example, collate
+from minidoctor.checkpoints.hugging_face import save_model
+from minidoctor.cli.device import choose_device
+from minidoctor.cli.main import run
+from minidoctor.config import ModelConfig, TrainConfig
+from minidoctor.files.json_files import write_atomically
 from minidoctor.model import Model
 from minidoctor.step import make_optimizer, train_step
-from minidoctor.tokenizer import Tokenizer, load_tokenizer
-from minidoctor.weights import save_model
+from minidoctor.text.chat_formats import CHAT_FORMATS
+from minidoctor.text.tokenizer import Tokenizer, load_tokenizer
 
 SHAPE = ModelConfig(
     vocab_size=3200,
@@ -58,7 +60,7 @@ def make_tokenizer(conditions: list[dict], out: Path) -> Tokenizer:
         vocab_size=SHAPE.vocab_size,
         byte_fallback=True,
         character_coverage=1.0,
-        control_symbols=list(FORMATS["minidoctor"].needs),
+        control_symbols=list(CHAT_FORMATS["minidoctor"].needs),
         normalization_rule_name="identity",  # what is encoded is what decodes,
         remove_extra_whitespaces=False,  # spaces too
         split_digits=True,

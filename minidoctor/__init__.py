@@ -1,18 +1,38 @@
-"""minidoctor: SparseDoctor (https://arxiv.org/abs/2509.14269) in a few readable files.
+"""minidoctor: SparseDoctor (https://arxiv.org/abs/2509.14269), a contrastive mixture of LoRA experts, in pure PyTorch.
 
-Read them in this order; each imports only files above it:
-config, files, families, chat, pieces, tokenizer, data, exams, linear, lora, router, model, weights, expert_queue,
-losses, memory, peft_layout, checkpoint, metrics, step, generate, prompts, letters, scoring, results, answers,
-evaluate, export, specialization, routing_view, live_bytes, figures, picture, contenders, peers, peaks, bench,
-trial, study.
+    from minidoctor import load, generate, SampleConfig
+
+The method is in the files of this directory. Read them in this order; each imports only files above it and ops/:
+config, lora, router, model, expert_queue, losses, batching, step, generate. The subpackages are shelves: loading,
+data, training runs, evaluation, pictures, benchmarks and the ablation. Each has a README.md.
 
 Shapes in comments and docstrings use these letters:
 
     B  sequences in a batch       D  model dim            E  experts of a sublayer
-    T  tokens in a sequence       H  query heads          K  experts that serve one token
+    T  tokens in a sequence       H  query heads          K  experts per token
     N  tokens, flattened          G  key/value heads      R  rank of one expert
-    L  sublayers with experts     C  dim of one head      Z  dim of a routing vector
-    V  vocabulary                 F  feed-forward dim     M  keys in the expert queue
-
-In the queue's own shape (L, E, C, Z) the letter C is its capacity.
+    S  positions in the cache     C  head dim             Z  routing dim
+    L  sublayers with experts     F  feed-forward dim     Q  slots of the queue per expert
+    V  vocabulary
 """
+
+from minidoctor.checkpoints.adapters import load
+from minidoctor.checkpoints.hugging_face import load_model
+from minidoctor.config import AdapterConfig, ModelConfig, SampleConfig, TrainConfig, UserError
+from minidoctor.generate import complete, generate
+from minidoctor.model import Model
+from minidoctor.text.tokenizer import load_tokenizer
+
+__all__ = [
+    "AdapterConfig",
+    "Model",
+    "ModelConfig",
+    "SampleConfig",
+    "TrainConfig",
+    "UserError",
+    "complete",
+    "generate",
+    "load",
+    "load_model",
+    "load_tokenizer",
+]

@@ -1,7 +1,7 @@
-"""Writing: a prefill of the prompt, then one token at a time with the cache.
+"""Generation: a prefill of the prompts, then one token at a time with the KV cache.
 
-A batch of prompts of different lengths is padded on the right and each row goes on from its own end, so
-that greedy decoding gives every row the tokens it would get alone.
+Prompts of different lengths are padded on the right, and each row continues from its own end. Greedy decoding
+therefore gives every row of a batch the tokens that it would get in a batch of one.
 """
 
 from collections.abc import Collection, Iterator
@@ -9,42 +9,39 @@ from collections.abc import Collection, Iterator
 import torch
 from torch import Tensor
 
-from minidoctor.config import TINY, SampleConfig
+from minidoctor.config import TINY, SampleConfig, UserError
 from minidoctor.model import KVCache, Model
-from minidoctor.tokenizer import Tokenizer
 
 
-def filtered(logits: Tensor, config: SampleConfig) -> Tensor:
-    """Logits (B, V) after temperature, top-k and top-p: -inf where a token may not be chosen."""
-    # Less the largest first: a small temperature then gives -inf and not inf.
+def filter_logits(logits: Tensor, config: SampleConfig) -> Tensor:
+    """Return logits (B, V) after temperature, top-k and top-p, -inf for the tokens that are filtered out."""
+    # Relative to the largest, so that a small temperature gives -inf and not inf.
     logits = (logits - logits.amax(-1, keepdim=True)) / config.temperature
     if 0 < config.top_k < logits.shape[-1]:
-        least = logits.topk(config.top_k).values[:, -1:]  # (B, 1)
-        logits = logits.masked_fill(logits < least, -torch.inf)
+        smallest = logits.topk(config.top_k).values[:, -1:]  # (B, 1)
+        logits = logits.masked_fill(logits < smallest, -torch.inf)
     if config.top_p < 1:
         ordered, ids = logits.sort(descending=True)
-        before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)  # (B, V), of all likelier tokens
-        # A token stays while those before it do not make up p: the likeliest always does.
-        outside = torch.zeros_like(before, dtype=torch.bool).scatter(-1, ids, before >= config.top_p)
-        logits = logits.masked_fill(outside, -torch.inf)
+        before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)  # (B, V), mass of the more probable tokens
+        # A token is kept while the tokens before it have less mass than p, so the most probable one always is.
+        removed = torch.zeros_like(before, dtype=torch.bool).scatter(-1, ids, before >= config.top_p)
+        logits = logits.masked_fill(removed, -torch.inf)
     return logits
 
 
-def choose(logits: Tensor, config: SampleConfig, generator: torch.Generator) -> Tensor:
-    """Logits (B, V) to token ids (B,). Drawn on the CPU in float32: the same seed, the same text."""
+def sample_token(logits: Tensor, config: SampleConfig, generator: torch.Generator) -> Tensor:
+    """Return token ids (B,) drawn from logits (B, V): on the CPU in float32, so the seed fixes the text."""
     if config.temperature < TINY:
         return logits.argmax(-1)
-    probs = filtered(logits.float().cpu(), config).softmax(-1)  # (B, V)
+    probs = filter_logits(logits.float().cpu(), config).softmax(-1)  # (B, V)
     return torch.multinomial(probs, 1, generator=generator).squeeze(-1).to(logits.device)
 
 
 @torch.inference_mode()
 def prefill(model: Model, tokens: list[int]) -> KVCache:
-    """A cache of one row that has read these tokens, for prompts that begin with them."""
-    device = model.lm_head.weight.device
+    """Return a cache of one row filled with these tokens, for prompts that share them as their beginning."""
     cache = KVCache(model.config, 1, len(tokens), model.lm_head.weight)
-    cache.length = len(tokens)
-    model.hidden(torch.tensor([tokens], device=device), torch.arange(len(tokens), device=device)[None], cache)
+    model.hidden(torch.tensor([tokens], device=model.lm_head.weight.device), cache=cache)
     return cache
 
 
@@ -56,63 +53,60 @@ def generate(
     stop_ids: Collection[int],
     prefix: KVCache | None = None,
 ) -> Iterator[list[int | None]]:
-    """The next token of each prompt, step by step; None for a row that has ended.
+    """Yield the next token of each prompt, step by step, and None for a row that has ended.
 
-    The prompts go on from `prefix`, where one is given, as if each of them began with what it has read.
-    A row ends with a token of `stop_ids`, which is not given out, after `max_new_tokens`, or at the model's
-    context length. Raises ValueError if a prompt is empty or fills the context.
+    The prompts continue `prefix`, if it is given. A row ends before a token of `stop_ids`, after `max_new_tokens`,
+    or at the model's context length. Raises UserError if a prompt is empty or fills the context.
     """
     start = prefix.length if prefix else 0
     longest, limit = max(map(len, prompts)), model.config.max_seq_len
     if not all(prompts):
-        raise ValueError("a prompt needs at least one token")
+        raise UserError("a prompt needs at least one token")
     if start + longest >= limit:
-        raise ValueError(f"the prompt has {start + longest} tokens, the model reads at most {limit} with its answer")
+        raise UserError(f"the prompt has {start + longest} tokens; the model's context of {limit} includes the answer")
     device = model.lm_head.weight.device
     tokens = torch.tensor([p + [0] * (longest - len(p)) for p in prompts], device=device)  # (B, T)
-    places = [start + len(prompt) for prompt in prompts]  # where each row's next token goes
-    ends = [min(place + config.max_new_tokens, limit) for place in places]
+    positions = [start + len(prompt) for prompt in prompts]  # of each row's next token
+    ends = [min(position + config.max_new_tokens, limit) for position in positions]
     if prefix:
-        cache = prefix.repeated(model.config, len(prompts), max(ends))
+        cache = prefix.expand(model.config, len(prompts), max(ends))
     else:
         cache = KVCache(model.config, len(prompts), max(ends), model.lm_head.weight)
     generator = torch.Generator().manual_seed(config.seed)
     running = [True] * len(prompts)
 
-    cache.length = start + longest
     hidden, _ = model.hidden(tokens, start + torch.arange(longest, device=device).expand_as(tokens), cache)
-    logits = model.lm_head(hidden[torch.arange(len(prompts)), torch.tensor(places) - start - 1])  # (B, V)
+    logits = model.lm_head(hidden[torch.arange(len(prompts)), torch.tensor(positions) - start - 1])  # (B, V)
     while True:
-        new = choose(logits, config, generator)  # (B,)
-        ids = new.tolist()
+        next_tokens = sample_token(logits, config, generator)  # (B,)
+        ids = next_tokens.tolist()
         running = [
-            alive and place < end and i not in stop_ids
-            for alive, place, end, i in zip(running, places, ends, ids, strict=True)
+            alive and position < end and i not in stop_ids
+            for alive, position, end, i in zip(running, positions, ends, ids, strict=True)
         ]
         if not any(running):
             return
         yield [i if alive else None for alive, i in zip(running, ids, strict=True)]
-        if not any(alive and place + 1 < end for alive, place, end in zip(running, places, ends, strict=True)):
+        if not any(alive and p + 1 < end for alive, p, end in zip(running, positions, ends, strict=True)):
             return
-        # A row that has ended waits at the cache's last place; what it does there no other row sees.
-        positions = torch.tensor([[min(place, max(ends) - 1)] for place in places], device=device)  # (B, 1)
-        places = [place + 1 for place in places]
-        cache.length = min(cache.length + 1, max(ends))
-        hidden, _ = model.hidden(new[:, None], positions, cache)  # (B, 1, D)
+        # A row that has ended keeps rewriting the last position of the cache, which no other row attends to.
+        clipped = torch.tensor([[min(p, max(ends) - 1)] for p in positions], device=device)  # (B, 1)
+        hidden, _ = model.hidden(next_tokens[:, None], clipped, cache)  # (B, 1, D)
         logits = model.lm_head(hidden[:, -1])  # (B, V)
+        positions = [p + 1 for p in positions]
 
 
 def complete(
     model: Model,
-    tokenizer: Tokenizer,
     prompts: list[list[int]],
     config: SampleConfig,
+    stop_ids: Collection[int],
     prefix: KVCache | None = None,
-) -> list[str]:
-    """The whole answers to a batch of prompts."""
+) -> list[list[int]]:
+    """Return the whole answers to a batch of prompts, as token ids."""
     answers: list[list[int]] = [[] for _ in prompts]
-    for step in generate(model, prompts, config, tokenizer.eos_ids, prefix):
+    for step in generate(model, prompts, config, stop_ids, prefix):
         for answer, token in zip(answers, step, strict=True):
             if token is not None:
                 answer.append(token)
-    return [tokenizer.decode(answer) for answer in answers]
+    return answers

@@ -1,31 +1,42 @@
 """One training step.
 
-    tokens -> model -> hidden, routings -> lm loss on the answer positions only
+    tokens -> model -> hidden, routings -> language-model loss at the answer positions
                             |-> load balance      |-> contrastive routing loss <- expert queue
-    backward -> clip -> optimizer step -> queue.enqueue(routings)
+    backward -> clip -> optimizer step -> queue.enqueue(z of the anchors)
 
-Work is done only where it is needed: nothing frozen has a gradient, nothing below the first adapted layer is walked
-back, and the vocabulary matrix meets the answer positions alone. Nothing waits for the GPU to say a number.
+Backpropagation stops at the first adapted layer. Logits are computed at answer positions only. There is no
+host-device synchronization.
 """
 
 import math
 import random
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from minidoctor.batching import Batch
 from minidoctor.config import TrainConfig
-from minidoctor.data import Batch, Example, collate
 from minidoctor.expert_queue import ExpertQueue
 from minidoctor.losses import contrastive_routing_loss, language_model_loss, load_balance_loss
-from minidoctor.metrics import Figures
-from minidoctor.model import Model, trained_weights
+from minidoctor.model import Model, trainable_parameters
 from minidoctor.router import Router, Routing
 
 
+class StepMetrics(NamedTuple):
+    """Measurements of one step. Tensors stay on the device, because reading one back makes the CPU wait for it."""
+
+    losses: dict[str, Tensor]  # "loss", the weighted total, and its terms "lm", "balance" and "contrast"
+    expert_load: Tensor  # (L, E), share of the anchors whose top-1 each expert is; (0, 0) without a router
+    queue_fill: Tensor | None  # share of the queue's slots that have been written
+    grad_norm: Tensor
+    lr: float
+    n_tokens: int  # without padding
+
+
 def learning_rate(step: int, config: TrainConfig) -> float:
-    """Linear warm-up to the peak, then half a cosine down to a tenth of it."""
+    """Return the rate of a step: linear warm-up to the peak, then half a cosine down to a tenth of it."""
     if step < config.warmup:
         return config.lr * (step + 1) / config.warmup
     progress = (step - config.warmup) / max(1, config.steps - config.warmup)
@@ -33,106 +44,103 @@ def learning_rate(step: int, config: TrainConfig) -> float:
 
 
 def make_optimizer(model: Model, config: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW over what is not frozen, updated by one fused kernel where the device has one."""
-    trained = list(trained_weights(model).values())
-    fused = trained[0].device.type in ("cpu", "cuda")
-    optimizer = torch.optim.AdamW(
-        trained, lr=config.lr, betas=(0.9, 0.95), weight_decay=config.weight_decay, fused=fused
-    )
-    # Made here and not by the first step, so that a saved state can be copied into it at any step.
-    for p in trained:
-        step = torch.zeros((), device=p.device if fused else "cpu")
-        optimizer.state[p] = {"step": step, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-    return optimizer
+    """Return AdamW over the trainable parameters, fused into one kernel where the device has it."""
+    parameters = list(trainable_parameters(model).values())
+    fused = parameters[0].device.type in ("cpu", "cuda")
+    return torch.optim.AdamW(parameters, lr=config.lr, betas=(0.9, 0.95), weight_decay=config.weight_decay, fused=fused)
 
 
-def of_tokens(routings: list[Routing], places: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """z (L, n, Z), gates (L, n, E) and first choices (L, n) of the tokens at some flattened positions (n,)."""
-    z, gates, expert_ids = (
-        torch.stack([tensor.flatten(0, 1)[places] for tensor in tensors])
-        for tensors in zip(*((r.z, r.gates, r.expert_ids[..., 0]) for r in routings), strict=True)
-    )
-    return z, gates, expert_ids
+def make_queue(model: Model, config: TrainConfig) -> ExpertQueue | None:
+    """Return an empty queue for the model's routers, or None if there is no router or no weight on the contrast."""
+    n_routers = sum(isinstance(module, Router) for module in model.modules())
+    if not model.adapter or not n_routers or not config.contrast_weight:
+        return None
+    queue = ExpertQueue(n_routers, model.adapter.n_experts, config.queue_capacity, model.adapter.routing_dim)
+    return queue.to(model.lm_head.weight.device)
 
 
-Auxiliary = Callable[[Batch, list[Routing], Tensor], Tensor]
+def gather_routing(routings: list[Routing], positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return z (L, n, Z), gates (L, n, E) and top-1 experts (L, n) at the flattened positions (n,)."""
+    z = torch.stack([r.z.flatten(0, 1)[positions] for r in routings])  # (L, n, Z)
+    gates = torch.stack([r.gates.flatten(0, 1)[positions] for r in routings])  # (L, n, E)
+    top1 = torch.stack([r.expert_ids[..., 0].flatten()[positions] for r in routings])  # (L, n)
+    return z, gates, top1
+
+
+LossFunction = Callable[
+    [Model, Batch, Tensor, ExpertQueue | None, TrainConfig], tuple[dict[str, Tensor], list[Routing]]
+]
+
+
+def compute_losses(
+    model: Model, batch: Batch, anchors: Tensor, queue: ExpertQueue | None, config: TrainConfig
+) -> tuple[dict[str, Tensor], list[Routing]]:
+    """Return the unweighted loss terms of a batch and the routings they were computed from.
+
+    "lm" is summed over the answer tokens, "balance" and "contrast" are means over the sublayers. `anchors` (n,) are
+    the flattened positions of the tokens that are contrasted with the queue.
+    """
+    hidden, routings = model.hidden(batch.tokens, recompute=config.recompute)  # (B, T, D), L routings
+    losses = {"lm": language_model_loss(hidden, model.lm_head.weight, batch.targets, batch.answer_positions)}
+    if routings:
+        balance = [load_balance_loss(r.probs, r.expert_ids, batch.attention_mask) for r in routings]
+        losses["balance"] = torch.stack(balance).mean()
+    if routings and queue:
+        z, gates, _ = gather_routing(routings, anchors)
+        losses["contrast"] = contrastive_routing_loss(z, gates, queue.keys, queue.filled(), config.contrast_temperature)
+    return losses, routings
 
 
 def train_step(
     model: Model,
     optimizer: torch.optim.Optimizer,
     queue: ExpertQueue | None,
-    parts: list[Batch],
+    batches: list[Batch],
     step: int,
     config: TrainConfig,
-    more: Auxiliary | None = None,
-) -> Figures:
-    """One optimizer step on a batch given in parts; the language-model gradient is that of the whole batch.
+    compute_losses: LossFunction = compute_losses,
+) -> StepMetrics:
+    """Update the trainable parameters and the queue with one batch, given as micro-batches.
 
-    (Load balance and contrast are not sums over tokens: with several parts they are means over the parts.) `more` is a
-    loss that is being studied: of the batch, the routings and the anchors, weighted like the contrast.
+    The language-model gradient is that of the whole batch. Load balance and contrast are not sums over tokens, so
+    with several micro-batches they are means over these.
     """
     device = model.lm_head.weight.device
-    # A generator for each step: what it draws does not depend on what ran before, so nothing need be saved.
+    # One generator per step: its draws do not depend on earlier steps, so no random state is saved.
     rng = random.Random(config.seed * 1_000_003 + step)
-    n_answers = sum(len(batch.answers) for batch in parts)
-    warm = min(1.0, (step + 1) / max(1, config.contrast_warmup))
-    weights = {"lm": 1.0, "balance": config.balance_weight, "contrast": config.contrast_weight * warm}
-    weights["more"] = weights["contrast"]
-    losses = {"loss": torch.zeros((), device=device)}
-    served: list[tuple[Tensor, Tensor]] = []  # routing vectors and first choices of the anchors
+    n_answers = sum(len(batch.answer_positions) for batch in batches)
+    contrast_warmup = min(1.0, (step + 1) / max(1, config.contrast_warmup))
+    weights = {"lm": 1.0, "balance": config.balance_weight, "contrast": config.contrast_weight * contrast_warmup}
+    divisors = {"lm": n_answers, "balance": len(batches), "contrast": len(batches)}
+    sums = {"loss": torch.zeros((), device=device)}
+    anchor_routing: list[tuple[Tensor, Tensor]] = []
 
-    for batch in parts:
-        n = min(len(batch.answers), max(1, config.n_anchors // len(parts)))
-        anchors = batch.answers[rng.sample(range(len(batch.answers)), n)].to(device, non_blocking=True)  # (n,)
-        batch = Batch(*(tensor.to(device, non_blocking=True) for tensor in batch))
-        hidden, routings = model.hidden(batch.tokens, recompute=config.recompute)  # (B, T, D), L routings
-        lm = language_model_loss(hidden, model.lm_head.weight, batch.targets, batch.answers)
-        new = {"lm": lm / n_answers}
-        if routings:
-            balance = [load_balance_loss(r.probs, r.expert_ids, batch.real) for r in routings]
-            new["balance"] = torch.stack(balance).mean() / len(parts)
-            z, gates, expert_ids = of_tokens(routings, anchors)  # (L, n, Z), (L, n, E), (L, n)
-            served.append((z.detach(), expert_ids))
-            if queue:
-                contrast = contrastive_routing_loss(z, gates, queue.keys, queue.filled(), config.contrast_temperature)
-                new["contrast"] = contrast / len(parts)
-            if more:
-                new["more"] = more(batch, routings, anchors) / len(parts)
-        total = torch.stack([weights[name] * loss for name, loss in new.items()]).sum()
+    for batch in batches:
+        n = min(len(batch.answer_positions), max(1, config.n_anchors // len(batches)))
+        anchors = batch.answer_positions[rng.sample(range(len(batch.answer_positions)), n)]  # (n,)
+        batch, anchors = batch.to(device), anchors.to(device, non_blocking=True)
+        losses, routings = compute_losses(model, batch, anchors, queue, config)
+        losses = {name: loss / divisors[name] for name, loss in losses.items()}
+        total = torch.stack([weights[name] * loss for name, loss in losses.items()]).sum()
         total.backward()
-        for name, loss in {"loss": total, **new}.items():
-            losses[name] = losses.get(name, 0.0) + loss.detach()
+        for name, loss in {"loss": total, **losses}.items():
+            sums[name] = sums.get(name, 0.0) + loss.detach()
+        if routings:
+            z, _, top1 = gather_routing(routings, anchors)  # (L, n, Z), (L, n)
+            anchor_routing.append((z.detach(), top1))
 
-    trained = optimizer.param_groups[0]["params"]
-    grad_norm = torch.nn.utils.clip_grad_norm_(trained, config.clip)
-    lr = learning_rate(step, config)
-    optimizer.param_groups[0]["lr"] = lr
+    grad_norm = torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], config.clip)
+    optimizer.param_groups[0]["lr"] = lr = learning_rate(step, config)
     optimizer.step()
     optimizer.zero_grad()
-    load = torch.zeros(0, 0, device=device)
-    if served and model.adapter:
-        z, expert_ids = (torch.cat(tensors, dim=1) for tensors in zip(*served, strict=True))
+
+    expert_load = torch.zeros(0, 0, device=device)
+    if anchor_routing and model.adapter:
+        z, top1 = (torch.cat(tensors, dim=1) for tensors in zip(*anchor_routing, strict=True))  # (L, n, Z), (L, n)
         experts = torch.arange(model.adapter.n_experts, device=device)  # (E,)
-        load = (expert_ids.unsqueeze(-1) == experts).float().mean(1)  # (L, E)
-        if queue:  # only now: a token must not meet itself among the keys
-            queue.enqueue(z, expert_ids, config.queue_share)
-    n_tokens = sum(int(batch.real.numpy().sum()) for batch in parts)  # they were made on the CPU
-    return Figures(losses, load, grad_norm, lr, n_tokens)
-
-
-def parts_of(examples: list[Example], n: int) -> list[Batch]:
-    """A batch in at most n parts, the last perhaps smaller; like lengths together, so that little is padding."""
-    ordered = sorted(examples, key=lambda example: len(example.tokens))
-    size = math.ceil(len(ordered) / n)
-    return [collate(ordered[i : i + size]) for i in range(0, len(ordered), size)]
-
-
-def make_queue(model: Model, config: TrainConfig) -> ExpertQueue | None:
-    """None where there is nothing to contrast: one expert, or no weight on the loss."""
-    adapter = model.adapter
-    if not adapter or adapter.n_experts == 1 or not config.contrast_weight:
-        return None
-    n_layers = sum(isinstance(module, Router) for module in model.modules())
-    queue = ExpertQueue(n_layers, adapter.n_experts, config.queue_capacity, adapter.routing_dim)
-    return queue.to(model.lm_head.weight.device)
+        expert_load = (top1.unsqueeze(-1) == experts).float().mean(1)  # (L, E)
+        if queue:  # after the loss: a token must not find itself among the keys
+            queue.enqueue(z, top1, config.queue_share)
+    queue_fill = queue.filled().float().mean() if queue else None
+    n_tokens = sum(int(batch.attention_mask.sum()) for batch in batches)  # still on the CPU, so nothing waits
+    return StepMetrics(sums, expert_load, queue_fill, grad_norm, lr, n_tokens)

@@ -9,13 +9,14 @@ import sentencepiece
 import torch
 from torch import nn
 
-from minidoctor.chat import FORMATS
-from minidoctor.checkpoint import ADAPTER, load_adapted_model, save_adapter_config
-from minidoctor.config import AdapterConfig, ModelConfig, run
-from minidoctor.files import write_tensors
+from minidoctor.checkpoints.adapters import ADAPTER, load_adapted_model, save_adapter_config
+from minidoctor.checkpoints.hugging_face import load_model, save_model
+from minidoctor.cli.main import run
+from minidoctor.config import AdapterConfig, ModelConfig
+from minidoctor.files.safetensors import write_tensors
 from minidoctor.model import Model, adapter_state
-from minidoctor.tokenizer import load_tokenizer
-from minidoctor.weights import load_model, save_model
+from minidoctor.text.chat_formats import CHAT_FORMATS
+from minidoctor.text.tokenizer import load_tokenizer
 
 torch.set_num_threads(1)  # products this small only wait for a second thread
 
@@ -62,7 +63,7 @@ def make_tokenizer(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tokenizer(make_tokenizer):
-    return make_tokenizer(control_symbols=list(FORMATS["minidoctor"].needs))
+    return make_tokenizer(control_symbols=list(CHAT_FORMATS["minidoctor"].needs))
 
 
 @pytest.fixture(scope="session")

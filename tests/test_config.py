@@ -6,17 +6,10 @@ import sys
 import pytest
 import torch
 
-from minidoctor.config import (
-    AdapterConfig,
-    ModelConfig,
-    SampleConfig,
-    TrainConfig,
-    add_flags,
-    choose_device,
-    choose_dtype,
-    from_flags,
-    run,
-)
+from minidoctor.cli.device import choose_device, choose_dtype
+from minidoctor.cli.flags import add_flags, from_flags
+from minidoctor.cli.main import run
+from minidoctor.config import AdapterConfig, ModelConfig, SampleConfig, TrainConfig
 
 SHAPE = {
     "vocab_size": 9,

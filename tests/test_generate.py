@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from minidoctor.config import SampleConfig
-from minidoctor.generate import choose, complete, filtered, generate, prefill
+from minidoctor.generate import complete, filter_logits, generate, prefill, sample_token
 
 PROMPTS = [[1, 40, 300], [1, 7, 350, 12, 90, 33, 200], [1], [1, 5, 5, 5, 5, 5, 60, 310, 20, 250, 11]]
 
@@ -163,7 +163,7 @@ def plain_probabilities(logits, temperature, top_k, top_p):
 def test_filtered_equals_a_plain_temperature_top_k_and_top_p(temperature, top_k, top_p):
     logits = 3 * torch.randn(5, 30)
     config = SampleConfig(temperature=temperature, top_k=top_k, top_p=top_p)
-    ours = filtered(logits, config).softmax(-1)
+    ours = filter_logits(logits, config).softmax(-1)
     expected = np.stack([plain_probabilities(row, temperature, top_k, top_p) for row in logits.numpy()])
     assert ((ours > 0).numpy() == (expected > 0)).all()
     torch.testing.assert_close(ours, torch.from_numpy(expected).float())
@@ -172,7 +172,7 @@ def test_filtered_equals_a_plain_temperature_top_k_and_top_p(temperature, top_k,
 def test_tokens_are_drawn_as_often_as_their_probability_says():
     logits = 2 * torch.randn(1, 10)
     config = SampleConfig(temperature=0.8, top_k=6, top_p=0.9)
-    drawn = choose(logits.expand(20_000, -1), config, torch.Generator().manual_seed(0))
+    drawn = sample_token(logits.expand(20_000, -1), config, torch.Generator().manual_seed(0))
     expected = plain_probabilities(logits[0].numpy(), 0.8, 6, 0.9)
     share = drawn.bincount(minlength=10) / 20_000
     # The standard deviation of a share is at most (0.25 / 20,000)^0.5 = 0.0035.

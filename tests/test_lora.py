@@ -3,8 +3,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from minidoctor.linear import product
 from minidoctor.lora import LoRAExperts
+from minidoctor.ops.linear import linear
 
 
 def loop_over_experts(layer, x, gates):
@@ -97,7 +97,7 @@ def test_without_gates_every_expert_serves_in_full():
 def test_new_experts_change_nothing_and_the_weight_is_frozen():
     layer = LoRAExperts(6, 5, n_experts=3, rank=2, alpha=4.0)
     x = torch.randn(2, 7, 6)
-    assert torch.equal(layer(x, torch.rand(2, 7, 3)), product(x, layer.weight))
+    assert torch.equal(layer(x, torch.rand(2, 7, 3)), linear(x, layer.weight))
     assert {name for name, p in layer.named_parameters() if p.requires_grad} == {"lora_a", "lora_b"}
 
 

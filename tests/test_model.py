@@ -1,32 +1,32 @@
 import shutil
 from copy import deepcopy
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
+from paths import FIXTURES
 from torch import nn
 
+from minidoctor.checkpoints.hugging_face import load_model, save_model
 from minidoctor.config import AdapterConfig, ModelConfig, SampleConfig
-from minidoctor.files import read_header, read_tensors
+from minidoctor.files.safetensors import read_header, read_tensors
 from minidoctor.generate import generate
 from minidoctor.model import (
     KVCache,
     Model,
     adapter_state,
-    compile_blocks,
     is_adapter_name,
     rotary_frequencies,
     rotary_table,
     rotate,
-    trained_weights,
+    trainable_parameters,
 )
-from minidoctor.weights import load_model, save_model
+from minidoctor.ops.compiled import compile_blocks
 
 TINY = ModelConfig(vocab_size=50, dim=32, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=8, ffn_dim=48)
 EVERYWHERE = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-FIXTURES = Path(__file__).parent / "fixtures" / "models"
-FAMILIES = sorted(path.name for path in FIXTURES.iterdir())
+MODELS = FIXTURES / "models"
+FAMILIES = sorted(path.name for path in MODELS.iterdir())
 
 
 def tiny_model(adapter: AdapterConfig | None = None) -> Model:
@@ -42,7 +42,7 @@ def tiny_model(adapter: AdapterConfig | None = None) -> Model:
 
 def prompts_and_logits(family):
     """What `transformers` computes for three prompts of different lengths, one by one: see `make_fixtures.py`."""
-    stored = dict(read_tensors(FIXTURES / family / "expected.safetensors"))
+    stored = dict(read_tensors(MODELS / family / "expected.safetensors"))
     lengths = sorted((int(name.split(".")[1]) for name in stored if name.startswith("tokens.")), reverse=True)
     return [(stored[f"tokens.{n}"], stored[f"logits.{n}"], stored[f"greedy.{n}"]) for n in lengths]
 
@@ -50,7 +50,7 @@ def prompts_and_logits(family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_of_every_family_equal_an_independent_implementation(family):
     """In one batch, the shorter ones padded on the right; beyond the window and beyond the original context."""
-    model, expected = load_model(FIXTURES / family), prompts_and_logits(family)
+    model, expected = load_model(MODELS / family), prompts_and_logits(family)
     tokens = nn.utils.rnn.pad_sequence([tokens for tokens, _, _ in expected], batch_first=True)
     with torch.no_grad():
         logits, _ = model(tokens)
@@ -60,7 +60,7 @@ def test_logits_of_every_family_equal_an_independent_implementation(family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_cached_logits_of_every_family_equal_an_independent_implementation(family):
-    model, expected = load_model(FIXTURES / family), prompts_and_logits(family)
+    model, expected = load_model(MODELS / family), prompts_and_logits(family)
     for tokens, theirs, _ in expected:
         cache = KVCache(model.config, 1, len(tokens), model.lm_head.weight)
         for first, last in [(0, 4), *((i, i + 1) for i in range(4, len(tokens)))]:
@@ -72,7 +72,7 @@ def test_cached_logits_of_every_family_equal_an_independent_implementation(famil
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_continuations_of_every_family_are_those_of_an_independent_implementation(family):
-    model, expected = load_model(FIXTURES / family), prompts_and_logits(family)
+    model, expected = load_model(MODELS / family), prompts_and_logits(family)
     prompts = [tokens.tolist() for tokens, _, _ in expected]
     steps = list(generate(model, prompts, SampleConfig(temperature=0.0, max_new_tokens=64), stop_ids=()))
     for written, (_, _, theirs) in zip(zip(*steps, strict=True), expected, strict=True):
@@ -91,7 +91,7 @@ def test_greedy_continuations_of_every_family_are_those_of_an_independent_implem
     ],
 )
 def test_the_stored_logits_notice_a_switch_that_is_wrong(family, change):
-    model, (tokens, theirs, _) = load_model(FIXTURES / family), prompts_and_logits(family)[0]
+    model, (tokens, theirs, _) = load_model(MODELS / family), prompts_and_logits(family)[0]
     wrong = Model(replace(model.config, **change)).eval()
     wrong.load_state_dict(model.state_dict())
     with torch.no_grad():
@@ -204,9 +204,9 @@ def test_a_bfloat16_base_trains_float32_experts(tmp_path):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_parameter_names_are_those_of_the_checkpoint(family):
-    files = (FIXTURES / family).glob("model*.safetensors")
+    files = (MODELS / family).glob("model*.safetensors")
     stored = {name for file in files for name in read_header(file)[0] if not name.endswith("inv_freq")}
-    ours = set(load_model(FIXTURES / family).state_dict())
+    ours = set(load_model(MODELS / family).state_dict())
     packed = {name.replace("W_pack", part) for name in stored for part in ("q_proj", "k_proj", "v_proj")}
     assert ours == packed | (ours & {"lm_head.weight"})
 
@@ -224,7 +224,7 @@ def test_compiled_blocks_compute_the_same():
             model.zero_grad()
             logits, routings = model(tokens)
             logits.logsumexp(-1).mean().backward()
-            results.append((logits, routings[0].gates, {n: p.grad for n, p in trained_weights(model).items()}))
+            results.append((logits, routings[0].gates, {n: p.grad for n, p in trainable_parameters(model).items()}))
         # Not to the last bits: what is computed in one go is not rounded in between.
         torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-4)
     config = SampleConfig(max_new_tokens=12)

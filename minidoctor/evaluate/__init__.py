@@ -1,0 +1,1 @@
+"""Accuracy on multiple-choice and free-form questions."""

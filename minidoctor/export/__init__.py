@@ -1,0 +1,1 @@
+"""Plain LoRA adapters for other programs: PEFT's layout, or a merged checkpoint."""

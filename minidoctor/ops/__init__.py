@@ -1,0 +1,1 @@
+"""Faster or smaller forms of plain operations, each next to its plain form."""

@@ -1,0 +1,1 @@
+"""Pictures of the routing: in the terminal and as plots."""

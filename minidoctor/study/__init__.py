@@ -1,0 +1,1 @@
+"""The ablation: variants of the training compared over seeds."""

@@ -1,0 +1,1 @@
+"""A training run around the step: data, log, saved state, memory estimate, report."""

@@ -1,0 +1,435 @@
+import random
+
+import pytest
+
+from minidoctor.evaluate.extraction import read_letters
+
+EN = {"A": "Asthma", "B": "Pneumonia", "C": "Pulmonary embolism", "D": "Heart failure", "E": "None of the above"}
+ZH = {"A": "肺炎", "B": "维生素C", "C": "肺栓塞", "D": "CT", "E": "以上都是"}
+LISTED_EN = "\n".join(f"{letter}. {text}" for letter, text in EN.items())
+LISTED_ZH = "\n".join(f"{letter}. {text}" for letter, text in ZH.items())
+
+# Each table: what the model wrote, the letters read from it.
+STATED_EN = [
+    ("The answer is C", "C"),
+    ("The answer is: C) Pulmonary embolism", "C"),
+    ("The correct answer is C. A is wrong because asthma wheezes.", "C"),
+    ("The correct answer is **C**.", "C"),
+    ("**Answer: C**", "C"),
+    ("Answer: C", "C"),
+    ("Answer:\n\nC", "C"),
+    ("### Final Answer\nC", "C"),
+    ("answer: c", "C"),
+    ("ANSWER: C", "C"),
+    ("**Correct Answer: (C) Pulmonary embolism**", "C"),
+    ("So the answer is C: Pulmonary embolism, not A or B.", "C"),
+    ("It could be A or B but I'd pick C", "C"),
+    ("The answer to this question is (c).", "C"),
+    ("The best answer would be D", "D"),
+    ("The final answer is `D`", "D"),
+    ("The answer should be option D because of the edema.", "D"),
+    ("The correct option is B", "B"),
+    ("My final choice: B", "B"),
+    ("The best choice in this case is B.", "B"),
+    ("I choose B", "B"),
+    ("I would choose option (b).", "B"),
+    ("I'd go with B since she coughs.", "B"),
+    ("Therefore, I would select D.", "D"),
+    ("The answer is most likely C", "C"),
+    ("The answer is A and C", "AC"),
+    ("The correct answers are A, C, and E.", "ACE"),
+    ("The answer is (A) and (C).", "AC"),
+    ("Answer: A/C", "AC"),
+    ("Answer: a, c", "AC"),
+    ("Answer: A & C", "AC"),
+    ("The answer is both A and C", "AC"),
+    ("Answer: ECA", "ACE"),
+    ("Answer: C, C, A", "AC"),
+    ("The answer is D (not B)", "D"),
+    ("The answer is C, A is wrong", "C"),
+    ("The answer is B, because a patient with fever coughs", "B"),
+    ("The answer is C, CT shows a clot", "C"),
+    ("The answer is pulmonary embolism.", "C"),
+    ("The answer is pulmonary embolism because of the clot", "C"),
+    ("The correct answer is: None of the above", "E"),
+    ("The answer is C pulmonary embolism", "C"),
+    ("The answer is A. Wait, no: the correct answer is C.", "C"),
+    ("Answer: B\nLet me check. Pneumonia needs fever.\nSo I choose D.", "D"),
+    ("The answer is not A. The answer is B.", "B"),
+    ("The wrong answer is A. The right answer is B.", "B"),
+    ("The final result: $\\boxed{D}$", "D"),
+    ("\\boxed{D}", "D"),
+    ("\\boxed{\\text{C}}", "C"),
+    ("The answer is \\(\\boxed{\\textbf{C. Pulmonary embolism}}\\)", "C"),
+    ("Answer: A. Asthma\nC. Pulmonary embolism", "AC"),
+    ("Answer: A. Asthma, C. Pulmonary embolism", "AC"),
+    ("Answer: A\n\nExplanation: B. is wrong, C. is wrong", "A"),
+    ("<think>The answer is A? No, B.</think>\nThe answer is C", "C"),
+    ("The answer is A.</think>C", "C"),
+    ("Answer: ✅ C", "C"),
+    (LISTED_EN + "\nAnswer: D", "D"),
+    ("We have to find the correct answer:\n" + LISTED_EN + "\nThe answer is C.", "C"),
+]
+STATED_ZH = [
+    ("答案是C。", "C"),
+    ("答案：C", "C"),
+    ("答案:c", "C"),
+    ("答案：\nC", "C"),
+    ("答案为ABD", "ABD"),
+    ("答案C", "C"),
+    ("正确答案是A和C", "AC"),
+    ("正确答案：A、C、E。", "ACE"),
+    ("正确答案为 A，C，E", "ACE"),
+    ("正确答案是A及C两项", "AC"),
+    ("参考答案：Ｃ", "C"),
+    ("【答案】C", "C"),
+    ("答案是“C”", "C"),
+    ("答案应该是C选项", "C"),
+    ("答案选D", "D"),
+    ("答案是选D", "D"),
+    ("答案应当为D", "D"),
+    ("本题答案为C。A、B、D均为干扰项", "C"),
+    ("A、B、C、D都正确，故选E", "E"),
+    ("排除A、B，选C", "C"),
+    ("我认为答案是 B，因为 A 不符合", "B"),
+    ("答案是C，A错误，B错误", "C"),
+    ("答案是C，不是A", "C"),
+    ("答案是C，CT示充盈缺损", "C"),
+    ("选 A、C、E", "ACE"),
+    ("选C", "C"),
+    ("选C因为有咯血", "C"),
+    ("选择C项", "C"),
+    ("我选择选项C", "C"),
+    ("应选B", "B"),
+    ("故本题选E", "E"),
+    ("综上，故选：D。", "D"),
+    ("因此选A和C", "AC"),
+    ("正确的选项是B", "B"),
+    ("正确的是B、C", "BC"),
+    ("最佳选择是B", "B"),
+    ("A和B都不对，应选D", "D"),
+    ("不选A，选B", "B"),
+    ("答案不是A，答案是B", "B"),
+    ("答案是A。重新考虑后，正确答案为C。", "C"),
+    ("答案是肺栓塞。", "C"),
+    ("选择维生素C", "B"),
+    ("答案：维生素C", "B"),
+    ("选CT", "D"),
+    ("答案：以上都是", "E"),
+    ("选C肺栓塞", "C"),
+    ("答案：C. 肺栓塞", "C"),
+    ("答案：C（肺栓塞）", "C"),
+    ("答案：\nA. 肺炎\nC. 肺栓塞", "AC"),
+    ("答案：ABCDE", "ABCDE"),
+    ("答案：C。首选CT检查。", "C"),
+    ("答案：C\n解析：患者应做B超检查，A型血，补充维生素A。", "C"),
+    ("首先分析A选项：肺炎多有发热。B选项：维生素C无关。" * 50 + "故选C", "C"),
+    ("下列正确的是（  ）\n" + LISTED_ZH + "\n答案：D", "D"),
+]
+BEGINNING = [
+    ("C", "C"),
+    ("C.", "C"),
+    ("c", "C"),
+    (" \n C \n", "C"),
+    ("Ｃ", "C"),
+    ("Ⓒ", "C"),
+    ("C。", "C"),
+    ("👉 C", "C"),
+    ("- C", "C"),
+    ("**C**", "C"),
+    ("`C`", "C"),
+    ("**C.** Pulmonary embolism", "C"),
+    ("C、xxx", "C"),
+    ("C. Pulmonary", "C"),
+    ("C. Pulmonary embolism", "C"),
+    ("C: Pulmonary embolism, because A, B and D do not bleed", "C"),
+    ("C - Pulmonary embolism", "C"),
+    ("C - the clot", "C"),
+    ("C Pulmonary embolism", "C"),
+    ("A Asthma", "A"),
+    ("(b)", "B"),
+    ("(B) text", "B"),
+    ("[B]", "B"),
+    ("b) Pneumonia", "B"),
+    ("b. Pneumonia", "B"),
+    ("Option (b)", "B"),
+    ("Option B: Pneumonia", "B"),
+    ("选项C", "C"),
+    ("C选项", "C"),
+    ("A,C,E", "ACE"),
+    ("A、C、E", "ACE"),
+    ("A C E", "ACE"),
+    ("ACE", "ACE"),
+    ("ACE。", "ACE"),
+    ("E, C, A", "ACE"),
+    ("A，A，C", "AC"),
+    ("A和C", "AC"),
+    ("A, C, and E", "ACE"),
+    ("(A)(C)", "AC"),
+    ("(A) and (C)", "AC"),
+    ("A\nC\nE", "ACE"),
+    ("C\nC. Pulmonary embolism", "C"),
+    ("C\nA. Asthma\nB. Pneumonia\nC. Pulmonary embolism", "C"),
+    ("C. Pulmonary embolism\nC. Pulmonary embolism", "C"),
+    ("Both A and C", "AC"),
+    ("ABCDE", "ABCDE"),
+    ("C\n解析：A项没有咯血，A错误；B超无异常。", "C"),
+    ("C\nA is wrong", "C"),
+    ("A. Asthma\nC. Pulmonary embolism", "AC"),
+    ("A. Asthma\nB. Pneumonia", "AB"),
+    ("A. Asthma; C. Pulmonary embolism", "AC"),
+    ("D (not B)", "D"),
+    ("C, A is wrong", "C"),
+]
+RESTATED = [
+    ("Pulmonary embolism", "C"),
+    ("pulmonary  embolism.", "C"),
+    ("**Pulmonary embolism**", "C"),
+    ("None of the above", "E"),
+]
+VERDICTS = [
+    ("B is correct", "B"),
+    ("Option B is correct.", "B"),
+    ("B is the correct answer.", "B"),
+    ("Both A and C are correct", "AC"),
+    ("B选项正确", "B"),
+    ("选项A错误；选项B正确；选项C错误", "B"),
+    ("A和C都正确", "AC"),
+    ("A对，B错", "A"),
+    ("Answer: C is the correct answer because A is not.", "C"),
+]
+UNREADABLE_EN = [
+    "A is wrong. B is correct. C is wrong.",
+    "A ❌ B ✅ C ❌",
+    "Answer: A. Asthma\nB. Pneumonia: needs fever\nC. Pulmonary embolism: needs a clot",
+    "",
+    " \n\t ",
+    "I cannot answer that.",
+    "I'm sorry, but as an AI I cannot give medical advice.",
+    "I think the patient has a clot.",
+    "I, as an AI, cannot choose.",
+    "A patient with chest pain needs a scan.",
+    "Vitamin A is correct for the eyes",
+    "Hepatitis B",
+    "T cells, B cells and NK cells",
+    "B cells make antibodies",
+    "B-cell lymphoma",
+    "CT of the chest",
+    "C-reactive protein",
+    "The answer is not A",
+    "A is wrong",
+    "(A) and (C) are wrong",
+    "None of A, B or C",
+    "A, B or C",
+    "A) Asthma is unlikely. B) Pneumonia is possible.",
+    "A - Asthma: it wheezes.\nB - Pneumonia: it coughs.",
+    "A. wrong",
+    "Both A and C are wrong",
+    "The answer is A or C",
+    "The answer is A, B or C",
+    "The wrong answer is A.",
+    "The incorrect answer is A.",
+    "This is not the answer: A",
+    "a, patient",
+    "The answer is F",
+    "Answer: A, F",
+    "F",
+    "F. Gout",
+    "The answer is a patient with fever",
+    "The answer is B cells",
+    "Is the answer A?",
+    "If I choose A, she dies.",
+    "I would not choose A",
+    "Don't pick B",
+    "e.g. asthma",
+    "A is correct. C is correct.",
+    "A is correct? Perhaps.",
+    "B. Asthma",
+    "Answer: B. Asthma",
+    "C?",
+    "<think>The answer is C",
+    "<think>The answer is C</think>",
+    "Asthma, pneumonia and pulmonary embolism are all possible",
+    "A right ventricular infarction",
+    LISTED_EN,
+    LISTED_EN.replace("\n", " "),
+    "Which is the correct answer?\n" + LISTED_EN,
+    "Choose the correct answer:\n" + LISTED_EN,
+    "Choose the correct answer:\n" + LISTED_EN[:40],
+    "\n".join(f"{letter}. {text}: not likely" for letter, text in EN.items()),
+    "Let us find the correct answer:\nA. Asthma: it wheezes.\nB. Pneumonia: it coughs.",
+]
+UNREADABLE_ZH = [
+    "无法确定",
+    "无法确定答案是A还是B",
+    "排除选项A和B",
+    "A选项：多有发热。B选项：与本题无关。",
+    "可以选择A或者B",
+    "可选A",
+    "作为AI，我不能回答这个问题。",
+    "不选A",
+    "不应选A",
+    "答案不是A",
+    "A和B都不对",
+    "A、B都不对",
+    "A错误",
+    "A选项：错误。",
+    "选A、B都不对",
+    "选A选项是错误的",
+    "错误答案是A",
+    "错误的答案是A",
+    "不正确的是A",
+    "正确答案是？A. 维生素",
+    "答案A错误",
+    "答案是A或B",
+    "答案是F",
+    "维生素A",
+    "甲型肝炎",
+    "乙肝病毒B",
+    "B超",
+    "做B超检查",
+    "选B超检查",
+    "A型血",
+    "答案是A型血",
+    "首选CT检查",
+    "应选T细胞",
+    "选择维生素A治疗",
+    "若选A，则错",
+    "A正确，B正确，C错误",
+    "A正确吗",
+    "A不正确",
+    "没有正确答案。\nA有一定道理",
+    "答案：B. 肺炎",
+    LISTED_ZH,
+    LISTED_ZH.replace(". ", "、"),
+    "下列正确的是（ ）\n" + LISTED_ZH,
+    "选择正确答案：" + LISTED_ZH.replace("\n", " "),
+    "答案：\n" + LISTED_ZH,
+]
+
+
+@pytest.mark.parametrize(("reply", "letters"), STATED_EN + BEGINNING + RESTATED + VERDICTS)
+def test_english_options(reply, letters):
+    assert read_letters(reply, EN) == letters
+
+
+@pytest.mark.parametrize(("reply", "letters"), STATED_ZH)
+def test_chinese_options(reply, letters):
+    assert read_letters(reply, ZH) == letters
+
+
+@pytest.mark.parametrize("reply", UNREADABLE_EN)
+def test_not_readable_with_english_options(reply):
+    assert read_letters(reply, EN) == ""
+
+
+@pytest.mark.parametrize("reply", UNREADABLE_ZH)
+def test_not_readable_with_chinese_options(reply):
+    assert read_letters(reply, ZH) == ""
+
+
+@pytest.mark.parametrize(
+    ("reply", "options", "letters"),
+    [
+        ("维生素C", {"A": "维生素A", "B": "维生素C"}, "B"),
+        ("维生素C", {"A": "铁", "B": "钙", "C": "锌"}, ""),
+        ("E. coli", {"A": "S. aureus", "B": "E. coli", "E": "C. difficile"}, "B"),
+        ("The answer is E. coli", {"A": "S. aureus", "B": "E. coli", "E": "C. difficile"}, "B"),
+        ("CEA", {"A": "AFP", "B": "CEA", "C": "CA125", "E": "PSA"}, "B"),
+        ("答案是CEA", {"A": "AFP", "B": "CEA", "C": "CA125", "E": "PSA"}, "B"),
+        ("The answer is B cells", {"A": "T cells", "B": "NK cells", "C": "B cells"}, "C"),
+        ("B", {"A": "O", "B": "A", "C": "B", "D": "AB"}, "B"),  # the letter, not the blood group
+        ("A and C", {"A": "gout", "C": "flu", "D": "A and B", "E": "A and C"}, "E"),
+        ("B. 错误", {"A": "正确", "B": "错误"}, "B"),
+        ("此结论\nA. 正确\nB. 不正确", {"A": "正确", "B": "不正确"}, ""),
+        ("答案是-5", {"A": "5", "B": "-5"}, "B"),
+        ("答案：B. -5", {"A": "5", "B": "-5"}, "B"),
+        ("B. -5\nC. 7", {"A": "5", "B": "-5", "C": "7"}, "BC"),
+        ("≥ 5mg", {"A": "≥5mg", "B": "≤5mg"}, ""),  # white space hides which
+        ("≥5mg", {"A": "≥5mg", "B": "≤5mg"}, "A"),
+        ("5~10", {"A": "510", "B": "5~10"}, "B"),
+        ("《难经》", {"A": "《内经》", "B": "《难经》"}, "B"),
+        ("（年龄×2）+80", {"A": "（年龄×2）+85", "B": "（年龄×2）+80"}, "B"),
+        ("M", {"A": "M", "B": "N"}, "A"),
+        ("答案是选择偏倚。", {"A": "测量偏倚", "B": "选择偏倚"}, "B"),
+        ("The answer is 2.5", {"A": "2", "B": "2.5"}, "B"),
+        ("The answer is 2.5", {"A": "2", "B": "3"}, ""),
+        ("gout", {"A": "gout", "B": "gout"}, ""),  # of two options
+        ("B. gout", {"A": "gout", "B": "gout"}, "B"),
+        ("The answer is gout, acute", {"A": "gout", "B": "gout, acute"}, "B"),
+        ("A. yes\nB. no", {"A": "yes", "B": "no"}, ""),
+        ("A", {"B": "yes", "C": "no"}, ""),
+        ("I", {"A": "yes", "I": "no"}, "I"),
+        ("I think so", {"A": "yes", "I": "no"}, ""),
+        ("A patient with gout", {"A": "patient with gout", "B": "patient with flu"}, "A"),
+        ("A patient with gout", {"A": "a child", "B": "A patient with gout"}, "B"),
+        ("A", {"A": "", "B": "()*+"}, "A"),
+        ("A", {}, ""),
+    ],
+)
+def test_options_that_look_like_letters_and_other_traps(reply, options, letters):
+    assert read_letters(reply, options) == letters
+
+
+@pytest.mark.parametrize("order", ["ABCDE", "EDCBA", "CADBE"])
+def test_the_letters_have_the_order_of_the_options(order):
+    options = {letter: EN[letter] for letter in order}
+    expected = "".join(letter for letter in order if letter in "ACE")
+    for reply in (
+        "A, C, E",
+        "E, A and C",
+        "The answer is CEA",
+        "C. Pulmonary embolism\nA. Asthma\nE. None of the above",
+    ):
+        assert read_letters(reply, options) == expected
+
+
+def test_a_restated_text_is_found_under_whichever_letter_it_stands():
+    texts, generator = list(EN.values()), random.Random(0)
+    for _ in range(20):
+        generator.shuffle(texts)
+        options = dict(zip("ABCDE", texts, strict=True))
+        right = "ABCDE"[texts.index("Pulmonary embolism")]
+        for reply in ("pulmonary embolism", "The answer is pulmonary embolism.", f"{right}. Pulmonary embolism"):
+            assert read_letters(reply, options) == right
+
+
+def test_every_letter_is_read_in_every_form():
+    forms = (
+        "{}",
+        "{}. {text}",
+        "({})",
+        "答案：{}",
+        "故选{}。",
+        "The answer is {}.",
+        "答案：{}. {text}\n解析：不是A. 也不是B.",
+    )
+    for letter, text in EN.items():
+        for form in forms:
+            assert read_letters(form.format(letter, text=text), EN) == letter
+
+
+def test_any_string_gives_letters_of_the_options_or_none():
+    generator = random.Random(0)
+    pieces = [*"ABCFabc \n.,、:：()（）[]{}*\\<>/&-?。，😀\x00\ud800\u0301", *EN.values(), *ZH.values()]
+    pieces += ["答案", "是", "选", "不", "正确", "和", "answer", " is ", " and ", "The ", "I choose", "option"]
+    pieces += ["<think>", "</think>", "\\boxed{"]
+    read = set()
+    for _ in range(5000):
+        reply = "".join(generator.choices(pieces, k=generator.randrange(30)))
+        letters = read_letters(reply, EN)
+        assert letters == "".join(letter for letter in EN if letter in letters)
+        read.add(letters)
+    assert {"", "A", "B", "C"} <= read
+
+
+UNITS = [*"AB选?( \n", "A ", "A,", "A、", "(A)", "a, ", "A和", "C. ", "\\a", "\\boxed{", "<think>", "\u0301\u0316"]
+UNITS += ["答案", "答案是A\n", "答案：\nA. Asthma\n", "答案：A. Asthma B. Pneumonia: ", "A. Asthma\n", "Asthma"]
+UNITS += ["the ", "answer to ", "answer is ", "I would choose ", "A is correct ", ",A正确", "A. Asthma B. Pneumonia "]
+
+
+@pytest.mark.parametrize("unit", UNITS)
+def test_junk_of_200_000_characters_is_read_in_linear_time(unit):
+    # Without a bound in seconds: quadratic time would be 40 billion steps and is not to be overlooked.
+    for reply in (unit * (200_000 // len(unit)), unit * (200_000 // len(unit)) + "x"):
+        assert set(read_letters(reply, EN)) <= set(EN)
