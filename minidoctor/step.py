@@ -142,5 +142,5 @@ def train_step(
         if queue:  # after the loss: a token must not find itself among the keys
             queue.enqueue(z, top1, config.queue_share)
     queue_fill = queue.filled().float().mean() if queue else None
-    n_tokens = sum(int(batch.attention_mask.sum()) for batch in batches)  # still on the CPU, so nothing waits
+    n_tokens = sum(int(batch.attention_mask.numpy().sum()) for batch in batches)  # counted on the CPU
     return StepMetrics(sums, expert_load, queue_fill, grad_norm, lr, n_tokens)

@@ -2,6 +2,7 @@
 
 import io
 import json
+import random
 import sys
 
 import pytest
@@ -12,7 +13,7 @@ from torch import nn
 from minidoctor.checkpoints.adapters import ADAPTER, load_adapted_model, save_adapter_config
 from minidoctor.checkpoints.hugging_face import load_model, save_model
 from minidoctor.cli.main import run
-from minidoctor.config import AdapterConfig, ModelConfig
+from minidoctor.config import AdapterConfig, ModelConfig, TrainConfig
 from minidoctor.files.safetensors import write_tensors
 from minidoctor.model import Model, adapter_state
 from minidoctor.text.chat_formats import CHAT_FORMATS
@@ -156,3 +157,31 @@ def rows_file(tmp_path):
         return path
 
     return write
+
+
+@pytest.fixture
+def data(rows_file):
+    """24 rows of different lengths in both languages, some of them multiple choice."""
+    rng = random.Random(0)
+    rows = []
+    for i in range(24):
+        question = rng.choice(["What is the test for gout?", "痛风的检查是什么？", "Asthma?"])
+        if i % 4:
+            rows.append({"question": question, "answer": rng.choice(["uric acid", "尿酸", "a cough at night"])})
+        else:
+            rows.append({"question": question, "options": {"A": "gout", "B": "asthma"}, "answer": "B"})
+    return rows_file(*rows)
+
+
+@pytest.fixture
+def make_config(base_dir, data, tmp_path):
+    def make(**changes):
+        settings = {
+            "base": str(base_dir), "data": str(data), "eval": "", "out": str(tmp_path / "run"), "steps": 10,
+            "batch_size": 4, "lr": 1e-2, "warmup": 2, "contrast_weight": 0.5, "contrast_warmup": 0,
+            "n_anchors": 16, "queue_capacity": 4, "queue_share": 2, "log_every": 2, "save_every": 5,
+            "device": "cpu",
+        }  # fmt: skip
+        return TrainConfig(**(settings | changes))
+
+    return make

@@ -1,7 +1,6 @@
 import dataclasses
 import itertools
 import json
-import math
 import os
 import random
 import signal
@@ -13,168 +12,19 @@ from pathlib import Path
 import pytest
 import torch
 from paths import ROOT
-from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import train as program_file
 from minidoctor import step as the_step
-from minidoctor.batching import Batch, ShuffledBatches, collate
 from minidoctor.checkpoints.adapters import ADAPTER, load_adapted_model
 from minidoctor.checkpoints.hugging_face import load_model
 from minidoctor.config import AdapterConfig, TrainConfig
 from minidoctor.files.safetensors import read_tensors
-from minidoctor.losses import contrastive_routing_loss, load_balance_loss
-from minidoctor.model import adapter_state, trainable_parameters
-from minidoctor.questions.rows import explained, parse_row
-from minidoctor.text.tokenizer import encode_conversation
+from minidoctor.model import adapter_state
+from minidoctor.questions.rows import explained
 from minidoctor.training import run as train
 from minidoctor.training.state import STATE, read_state
 
 ADAPTER_CONFIG = AdapterConfig(n_experts=4, top_k=2, rank=2, alpha=4.0, routing_dim=4)
-
-
-@pytest.fixture
-def data(rows_file):
-    """24 rows of different lengths in both languages, some of them multiple choice."""
-    rng = random.Random(0)
-    rows = []
-    for i in range(24):
-        question = rng.choice(["What is the test for gout?", "痛风的检查是什么？", "Asthma?"])
-        if i % 4:
-            rows.append({"question": question, "answer": rng.choice(["uric acid", "尿酸", "a cough at night"])})
-        else:
-            rows.append({"question": question, "options": {"A": "gout", "B": "asthma"}, "answer": "B"})
-    return rows_file(*rows)
-
-
-@pytest.fixture
-def make_config(base_dir, data, tmp_path):
-    def make(**changes):
-        settings = {
-            "base": str(base_dir), "data": str(data), "eval": "", "out": str(tmp_path / "run"), "steps": 10,
-            "batch_size": 4, "lr": 1e-2, "warmup": 2, "contrast_weight": 0.5, "contrast_warmup": 0,
-            "n_anchors": 16, "queue_capacity": 4, "queue_share": 2, "log_every": 2, "save_every": 5,
-            "device": "cpu",
-        }  # fmt: skip
-        return TrainConfig(**(settings | changes))
-
-    return make
-
-
-def examples_of(config, tokenizer):
-    rows = [parse_row(json.loads(line), "") for line in Path(config.data).read_text().splitlines()]
-    return [encode_conversation(row.messages, tokenizer, config.max_seq_len) for row in rows]
-
-
-def one_step(config, tokenizer, parts=1, step=0, queue=None, change=lambda batch: batch):
-    """A step of a new model on the first batch: its figures, and the gradient it made."""
-    torch.manual_seed(0)
-    model = load_model(config.base, adapter=ADAPTER_CONFIG)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("lora_b"):
-                nn.init.normal_(parameter, std=0.3)
-    optimizer = torch.optim.SGD(trainable_parameters(model).values())
-    optimizer.step = optimizer.zero_grad = lambda: None  # keep the weights, and what backward made
-    batch = next(ShuffledBatches(examples_of(config, tokenizer), config.batch_size, 0).starting_at(step))
-    batches = [change(part) for part in the_step.micro_batches(batch, parts)]
-    figures = the_step.train_step(model, optimizer, queue, batches, step, config)
-    return model, figures, {name: p.grad for name, p in trainable_parameters(model).items()}
-
-
-def test_gradient_accumulation_equals_the_large_batch(make_config, tokenizer):
-    config = make_config(balance_weight=0.0, contrast_weight=0.0, clip=1e9, batch_size=8)
-    _, whole, expected = one_step(config, tokenizer, parts=1)
-    for parts in (2, 3, 8):
-        _, figures, gradient = one_step(config, tokenizer, parts=parts)
-        torch.testing.assert_close(figures.losses["lm"], whole.losses["lm"])
-        for name in expected:
-            torch.testing.assert_close(gradient[name], expected[name])
-
-
-def test_the_label_of_a_prompt_or_padding_token_cannot_change_the_loss(make_config, tokenizer):
-    def scrambled(batch: Batch) -> Batch:
-        targets = torch.randint_like(batch.targets, 50)
-        answers = torch.zeros(targets.numel(), dtype=torch.bool)
-        answers[batch.answer_positions] = True
-        return batch._replace(targets=torch.where(answers.view_as(targets), batch.targets, targets))
-
-    config = make_config()
-    _, figures, gradient = one_step(config, tokenizer)
-    _, other, other_gradient = one_step(config, tokenizer, change=scrambled)
-    assert figures.losses["loss"] == other.losses["loss"]
-    assert all(torch.equal(gradient[name], other_gradient[name]) for name in gradient)
-
-    def relabeled(batch: Batch) -> Batch:  # an answer's label does
-        targets = batch.targets.flatten().clone()
-        targets[batch.answer_positions[0]] += 1
-        return batch._replace(targets=targets.view_as(batch.targets))
-
-    assert one_step(config, tokenizer, change=relabeled)[1].losses["lm"] != figures.losses["lm"]
-
-
-def test_balance_is_taken_layer_by_layer_and_without_padding(make_config, tokenizer):
-    config = make_config()
-    seen = []
-    model, figures, _ = one_step(config, tokenizer, change=lambda batch: seen.append(batch) or batch)
-    with torch.no_grad():
-        _, routings = model(seen[0].tokens)
-    assert not seen[0].real.all()
-    each = [load_balance_loss(r.probs, r.expert_ids, seen[0].real) for r in routings]
-    torch.testing.assert_close(figures.losses["balance"], torch.stack(each).mean())
-    together = load_balance_loss(
-        torch.cat([r.probs for r in routings]),
-        torch.cat([r.expert_ids for r in routings]),
-        seen[0].real.repeat(len(routings), 1),
-    )
-    assert not torch.allclose(together, torch.stack(each).mean(), rtol=1e-3)
-
-
-def test_the_loss_meets_the_queue_before_this_step_enters_it(make_config, tokenizer):
-    config = make_config()
-    torch.manual_seed(0)
-    queue = the_step.make_queue(load_model(config.base, adapter=ADAPTER_CONFIG), config)
-    _, figures, _ = one_step(config, tokenizer, queue=queue)
-    assert figures.losses["contrast"] == 0  # nothing is remembered at step 0
-    assert queue.written.sum() > 0
-    keys, filled = queue.keys.clone(), queue.filled()
-    seen = []
-    model, figures, _ = one_step(
-        config, tokenizer, step=1, queue=queue, change=lambda batch: seen.append(batch) or batch
-    )
-    n_answers = len(seen[0].answers)
-    drawn = random.Random(config.seed * 1_000_003 + 1).sample(range(n_answers), min(n_answers, config.n_anchors))
-    anchors = seen[0].answers[drawn]
-    with torch.no_grad():
-        _, routings = model(seen[0].tokens)
-        z = torch.stack([r.z.flatten(0, 1)[anchors] for r in routings])
-        gates = torch.stack([r.gates.flatten(0, 1)[anchors] for r in routings])
-        expected = contrastive_routing_loss(z, gates, keys, filled, config.contrast_temperature)
-    torch.testing.assert_close(figures.losses["contrast"], expected)
-
-
-def test_total_is_the_weighted_sum_and_contrast_warms_up(make_config, tokenizer):
-    config = make_config(balance_weight=0.3, contrast_weight=0.5, contrast_warmup=4)
-    torch.manual_seed(0)
-    queue = the_step.make_queue(load_model(config.base, adapter=ADAPTER_CONFIG), config)
-    one_step(config, tokenizer, queue=queue)
-    _, figures, _ = one_step(config, tokenizer, step=1, queue=queue)
-    parts = figures.losses
-    assert parts["contrast"] > 0
-    expected = parts["lm"] + 0.3 * parts["balance"] + 0.5 * (2 / 4) * parts["contrast"]
-    torch.testing.assert_close(parts["loss"], expected)
-
-
-@pytest.mark.parametrize("switched_off", ["contrast_weight", "balance_weight"])
-def test_each_routing_loss_changes_what_the_router_learns(make_config, tokenizer, switched_off):
-    gradients = []
-    for config in (make_config(), make_config(**{switched_off: 0.0})):
-        torch.manual_seed(0)
-        queue = the_step.make_queue(load_model(config.base, adapter=ADAPTER_CONFIG), make_config())
-        one_step(config, tokenizer, queue=queue)
-        gradients.append(one_step(config, tokenizer, step=1, queue=queue)[2])
-    name = "model.layers.0.mlp.router.projection"
-    assert not torch.allclose(gradients[0][name], gradients[1][name])
 
 
 def contents(out):
@@ -343,16 +193,6 @@ def test_plain_lora_with_two_experts_for_a_token_is_refused():
         train.start_or_resume({"n_experts": 1, "top_k": 2})
 
 
-def test_learning_rate_warms_up_and_falls_to_a_tenth():
-    config = TrainConfig(steps=100, warmup=10, lr=1.0)
-    rates = [the_step.learning_rate(step, config) for step in range(100)]
-    assert rates[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
-    assert rates[10] == 1.0
-    assert all(a > b for a, b in itertools.pairwise(rates[10:]))
-    assert rates[-1] == pytest.approx(0.1, abs=1e-3)
-    assert rates[55] == pytest.approx(0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi / 2)))
-
-
 EXAM = """Question,Options,Answer,Explanation
 痛风的关键检查是,"A 尿酸
 B 心电图",A,关节液中可见尿酸结晶
@@ -442,35 +282,6 @@ def test_another_failure_is_not_taken_for_a_lack_of_memory(make_config, monkeypa
         train.train(make_config(), ADAPTER_CONFIG, {})
 
 
-def test_activations_computed_again_give_the_same_gradients(make_config, tokenizer):
-    config = make_config()
-    plain = one_step(config, tokenizer)[2]
-    again = one_step(dataclasses.replace(config, recompute=True), tokenizer)[2]
-    assert plain.keys() == again.keys()
-    assert all(torch.equal(plain[name], again[name]) for name in plain)
-
-
-class NoWaiting(TorchDispatchMode):
-    """Fails where a number is read from a tensor, or a shape depends on one: a GPU would have to be waited for."""
-
-    waits = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "is_nonzero", "equal")
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        assert func.overloadpacket.__name__ not in self.waits, func
-        return func(*args, **(kwargs or {}))
-
-
-def test_a_step_waits_for_no_number(make_config, tokenizer):
-    config = make_config()
-    torch.manual_seed(0)
-    model = load_model(config.base, adapter=ADAPTER_CONFIG)
-    optimizer, queue = the_step.make_optimizer(model, config), the_step.make_queue(model, config)
-    batch = next(ShuffledBatches(examples_of(config, tokenizer), config.batch_size, 0).starting_at(0))
-    parts = the_step.micro_batches(batch, 2)
-    with NoWaiting():
-        the_step.train_step(model, optimizer, queue, parts, 0, config)
-
-
 def test_blocks_are_compiled_for_the_steps_alone_and_a_resumed_run_chooses_anew(make_config, monkeypatch, data):
     happened = []
     monkeypatch.setattr(train, "compile_blocks", lambda model: happened.append("compiled"))
@@ -483,21 +294,3 @@ def test_blocks_are_compiled_for_the_steps_alone_and_a_resumed_run_chooses_anew(
     given = {"out": config.out, "resume": True}
     assert train.start_or_resume(given)[0].compile is False
     assert train.start_or_resume({**given, "compile": True})[0].compile is True
-
-
-def test_a_loss_that_is_being_studied_is_weighted_like_the_contrast(make_config, tokenizer):
-    config = make_config(contrast_weight=0.5, contrast_warmup=0, balance_weight=0.0)
-    torch.manual_seed(0)
-    model = load_model(config.base, adapter=ADAPTER_CONFIG)
-    parts = [collate(examples_of(config, tokenizer)[:4])]
-    seen = []
-
-    def more(batch, routings, anchors):
-        seen.append(anchors)
-        return 3 * routings[0].z.flatten(0, 1)[anchors].sum()
-
-    figures = the_step.train_step(model, the_step.make_optimizer(model, config), None, parts, 0, config, more)
-    losses = figures.losses
-    torch.testing.assert_close(losses["loss"], losses["lm"] + 0.5 * losses["more"])
-    assert set(seen[0].tolist()) <= set(parts[0].answers.tolist())
-    assert losses["more"] != 0
