@@ -1,17 +1,34 @@
-"""TODO"""
+"""Command-line flags: one per field of a configuration dataclass, and those of every program that loads a model."""
 
 import argparse
 import dataclasses
 from typing import Any, get_type_hints
 
+# Flags of the programs that load a model, with their defaults and help texts.
+MODEL_FLAGS = {
+    "base": ("data/base", "checkpoint directory of the base model"),
+    "adapter": (None, "adapter directory written by train.py"),
+    "chat_format": ("auto", "chat format; auto: the format that the checkpoint was trained in"),
+    "device": ("auto", "auto, cpu, cuda or mps"),
+    "dtype": ("auto", "dtype of the base model: auto (bfloat16 on a GPU that has it), float32 or bfloat16"),
+}
+
+
+def add_model_flags(parser: argparse.ArgumentParser, *names: str) -> None:
+    """Add `--base`, `--adapter`, `--chat-format`, `--device` and `--dtype`, or only those in `names`, such as "chat_format"."""
+    for name in names or MODEL_FLAGS:
+        default, text = MODEL_FLAGS[name]
+        text += f" (default {default or 'none'})"
+        parser.add_argument("--" + name.replace("_", "-"), default=default, help=text, metavar=name.upper())
+
 
 def add_flags(parser: argparse.ArgumentParser, config: type) -> None:
-    """One flag a field. A flag that was not given is left out of the result, so that a caller can tell."""
+    """Add one flag per field of a dataclass. A flag that the user does not pass is absent from the namespace."""
     types = get_type_hints(config)
     for field in dataclasses.fields(config):
         name, kind = "--" + field.name.replace("_", "-"), types[field.name]
-        shown = ",".join(field.default) if isinstance(field.default, tuple) else repr(field.default)
-        text = field.metadata["help"] + ("" if kind is bool else f" (default {shown})")
+        default = ",".join(field.default) if isinstance(field.default, tuple) else repr(field.default)
+        text = field.metadata["help"] + ("" if kind is bool else f" (default {default})")
         if kind is bool:
             parser.add_argument(name, action="store_true", default=argparse.SUPPRESS, help=text)
             continue
@@ -19,6 +36,6 @@ def add_flags(parser: argparse.ArgumentParser, config: type) -> None:
         parser.add_argument(name, type=parse, default=argparse.SUPPRESS, help=text, metavar=field.name.upper())
 
 
-def from_flags(config: type, given: dict[str, Any]) -> Any:
-    """The dataclass with the given flags that belong to it, and its defaults otherwise."""
-    return config(**{f.name: given[f.name] for f in dataclasses.fields(config) if f.name in given})
+def from_flags(config: type, flags: dict[str, Any]) -> Any:
+    """Return the dataclass with the flags that are its fields, and its defaults for the other fields."""
+    return config(**{f.name: flags[f.name] for f in dataclasses.fields(config) if f.name in flags})
