@@ -1,66 +1,126 @@
-"""TODO"""
+"""Text and JSON files: decoded strictly, checked for repeated keys, and replaced atomically when written."""
 
 import json
 import os
+from collections import Counter
 from pathlib import Path
 from typing import Any, get_type_hints
 
 from minidoctor.config import UserError, check
 
 
-def read_bytes(path: Path) -> bytes:
-    """Raises FileNotFoundError, or ValueError for what Git leaves where it has not fetched a large file."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
+def read_bytes(path: Path, pipe: bool = False) -> bytes:
+    """Read a file. Raises FileNotFoundError, or UserError for a Git LFS pointer and anything but a regular file.
+
+    `pipe` also allows pipes and /dev/stdin. They can be read only once, so callers that open a file twice must not.
+    """
+    check_regular(path, pipe)
     content = path.read_bytes()
     check_fetched(path, content)
     return content
 
 
+def check_regular(path: Path, pipe: bool = False) -> None:
+    if not os.path.exists(path):  # unlike Path.exists also False for a name that is too long
+        raise FileNotFoundError(f"{path}: no such file")
+    check(not path.is_dir(), f"{path}: a directory, expected a file")
+    check(pipe or path.is_file(), f"{path}: not a regular file; copy its content into one")
+
+
 def check_fetched(path: Path, start: bytes) -> None:
     if start.startswith(b"version https://git-lfs"):
-        raise UserError(f"{path}: only a Git LFS pointer, the file itself was not fetched: git lfs pull")
+        raise UserError(f"{path}: only a Git LFS pointer, the content was not fetched; run git lfs pull")
+
+
+def read_text(path: Path, pipe: bool = False) -> str:
+    """Read UTF-8 text, with or without a byte order mark. Raises as `read_bytes`."""
+    content = read_bytes(path, pipe)
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = 1 + content.count(b"\n", 0, error.start)
+        raise UserError(f"{path}:{line}: not UTF-8 ({error.reason}); save the file as UTF-8") from None
+    check("\0" not in text, f"{path}: contains NUL characters, as UTF-16 text does; save the file as UTF-8")
+    return text
+
+
+def split_lines(text: str) -> list[str]:
+    r"""Split at \n, \r\n and \r only: `str.splitlines` also splits at form feed, U+0085, U+2028 and others."""
+    lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    return lines if lines[-1] else lines[:-1]
+
+
+def read_lines(path: Path, pipe: bool = False) -> list[str]:
+    return split_lines(read_text(path, pipe))
+
+
+def parse_json(text: str) -> Any:
+    """Parse JSON without repeated keys. Raises UserError, without a file name."""
+    try:
+        return json.loads(text, object_pairs_hook=unique_keys)
+    except UserError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"not JSON ({error})") from None
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return the object of a JSON decoder's pairs, where Python's own decoder keeps the last of equal keys."""
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        (key, count), *_ = Counter(key for key, _ in pairs).most_common(1)
+        raise UserError(f"key {key!r:.40} occurs {count} times in one object")
+    return content
 
 
 def read_json(path: Path) -> Any:
-    """Raises FileNotFoundError or ValueError."""
-    content = read_bytes(path)
+    """Read a JSON file. Raises FileNotFoundError or UserError."""
+    text = read_text(path)
     try:
-        return json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not JSON ({error})") from None
+        return parse_json(text)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
 
 
 def read_object(path: Path) -> dict[str, Any]:
     content = read_json(path)
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: expected a JSON object, got {type(content).__name__}")
+    check(isinstance(content, dict), f"{path}: expected a JSON object, got {type(content).__name__}")
     return content
 
 
-def write_atomically(path: Path, *parts: bytes | memoryview) -> None:
-    """Under a temporary name first: whoever reads `path` finds the old file or the new one, never half of one."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with temporary.open("wb") as file:
-            for part in parts:
-                file.write(part)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise OSError(f"{path}: could not be written ({error.strerror}); what was there before is unchanged") from None
+def format_json(content: Any, **layout: Any) -> str:
+    r"""Format JSON that can be encoded as UTF-8.
+
+    A lone surrogate, with which Python represents a byte of a file name that is not UTF-8, becomes its escape `\udcXX`.
+    """
+    return json.dumps(content, ensure_ascii=False, **layout).encode("utf-8", "backslashreplace").decode()
 
 
 def write_json(path: Path, content: Any) -> None:
-    write_atomically(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+    """Write JSON that `read_json` reads back equal. Raises OSError."""
+    write_atomically(path, (format_json(content, indent=2) + "\n").encode())
 
 
-def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if len({key for key, _ in pairs}) < len(pairs):
-        raise UserError("a name stands twice")
-    return dict(pairs)
+def write_atomically(path: Path, *chunks: bytes | memoryview) -> None:
+    """Write to a temporary file and rename it: readers of `path` find the old content or the complete new one.
+
+    A symlink stays and its target is replaced. Pipes and devices such as /dev/stdout are written directly.
+    """
+    direct = os.path.exists(path) and not os.path.isfile(path)
+    target = path if direct else Path(os.path.realpath(path))
+    temporary = target if direct else target.with_name(target.name + ".tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.writelines(chunks)
+            file.flush()
+            if not direct:
+                os.fsync(file.fileno())
+                temporary.replace(target)
+    except OSError as error:
+        raise OSError(f"{path}: cannot be written ({error.strerror}); its previous content is unchanged") from None
+    finally:
+        if not direct:
+            temporary.unlink(missing_ok=True)
 
 
 def from_json(config: type, content: Any) -> Any:

@@ -100,12 +100,12 @@ BAD_FILES = {
     "truncated header": (struct.pack("<Q", 50) + b'{"a": ', "truncated"),
     "oversized header length": (struct.pack("<Q", 2**63) + b"{}", "truncated or no safetensors file"),
     "not JSON": (b"nonsense", "not JSON"),
-    "not text": (b"\xff\xff\xff", "not JSON"),
+    "not text": (b"\xff\xff\xff", "header is not"),
     "nested without end": (b'{"a":' * 50_000, "not JSON"),
     "not an object": ([1], "must be a JSON object"),
     "metadata not text": ({"__metadata__": {"a": 1}}, "must map text to text"),
     "metadata not an object": ({"__metadata__": "a"}, "must map text to text"),
-    "duplicate names": (b'{"a": %s, "a": %s}' % ((json.dumps(entry()).encode(),) * 2), "stands twice"),
+    "duplicate names": (b'{"a": %s, "a": %s}' % ((json.dumps(entry()).encode(),) * 2), "more than once|2 times"),
     "overlapping": ({"a": entry((2,), (0, 8)), "b": entry((1,), (4, 8))}, "overlap"),
     "the same bytes twice": ({"a": entry(), "b": entry()}, "overlap"),
     "out of range": ({"a": entry((3,), (0, 12))}, "truncated: a ends at byte"),
@@ -162,7 +162,7 @@ def test_a_git_lfs_pointer_is_told_from_a_damaged_file(tmp_path):
     path = tmp_path / "a"
     path.write_text(f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 134515008\n")
     for read in (read_header, read_json, lambda path: list(read_tensors(path))):
-        with pytest.raises(ValueError, match=r"a: only a Git LFS pointer, .*: git lfs pull"):
+        with pytest.raises(ValueError, match=r"a: only a Git LFS pointer, .*git lfs pull"):
             read(path)
 
 
@@ -220,7 +220,7 @@ def test_a_file_that_shrinks_while_it_is_read_is_refused(tmp_path):
 def test_what_is_not_json_is_refused_with_its_name(tmp_path, text):
     path = tmp_path / "a.json"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    with pytest.raises(ValueError, match=r"a\.json: not JSON"):
+    with pytest.raises(ValueError, match=r"a\.json:(1:)? not (JSON|UTF-8)"):
         read_json(path)
 
 
@@ -234,7 +234,7 @@ def test_json_comes_back_and_must_be_an_object_where_one_is_asked_for(tmp_path):
         read_object(path)
     with pytest.raises(FileNotFoundError, match=r"b\.json: no such file"):
         read_json(tmp_path / "b.json")
-    with pytest.raises(FileNotFoundError, match="no such file"):
+    with pytest.raises(ValueError, match="a directory"):
         read_json(tmp_path)
 
 
@@ -244,12 +244,12 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path):
     write_tensors(path, {"a": torch.ones(3)})
     old = path.read_bytes()
     os.symlink("/dev/full", tmp_path / "a.safetensors.tmp")  # where the new file is first written
-    with pytest.raises(OSError, match=r"a\.safetensors: could not be written .*No space left"):
+    with pytest.raises(OSError, match=r"a\.safetensors: cannot be written .*No space left"):
         write_tensors(path, {"a": torch.zeros(3)})
     assert path.read_bytes() == old
     assert os.listdir(tmp_path) == ["a.safetensors"]
 
 
 def test_a_write_into_a_directory_that_is_not_there_fails_with_the_name(tmp_path):
-    with pytest.raises(OSError, match="nowhere/a: could not be written"):
+    with pytest.raises(OSError, match="nowhere/a: cannot be written"):
         write_atomically(tmp_path / "nowhere" / "a", b"text")
