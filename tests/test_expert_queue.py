@@ -1,3 +1,5 @@
+"""The rings against collections.deque."""
+
 from collections import deque
 
 import pytest
@@ -6,33 +8,23 @@ import torch
 from minidoctor.expert_queue import ExpertQueue
 
 
-@pytest.mark.parametrize("share", [1, 3, 4])
-def test_queue_behaves_like_a_deque_per_layer_and_expert(share):
-    torch.manual_seed(share)
+@pytest.mark.parametrize("limit", [1, 3, 4])
+def test_queue_behaves_like_a_deque_per_layer_and_expert(limit):
+    torch.manual_seed(limit)
     n_layers, n_experts, capacity = 2, 3, 4
     queue = ExpertQueue(n_layers, n_experts, capacity, 2)
     reference = [[deque(maxlen=capacity) for _ in range(n_experts)] for _ in range(n_layers)]
-    for n in [
-        5,
-        1,
-        30,
-        2,
-        0,
-        7,
-        13,
-        1,
-        40,
-    ]:  # empty, below and above the ring's size; wraps around many times
+    for n in (5, 1, 30, 2, 0, 7, 13, 1, 40):  # empty, smaller and larger than the ring, wrapping around many times
         z, expert_ids = torch.randn(n_layers, n, 2), torch.randint(0, n_experts, (n_layers, n))
-        queue.enqueue(z, expert_ids, share)
+        queue.enqueue(z, expert_ids, limit)
         for layer in range(n_layers):
             for e in range(n_experts):
-                mine = [v for v, i in zip(z[layer], expert_ids[layer].tolist(), strict=True) if i == e]
-                reference[layer][e].extend(mine[-share:])
-                kept = reference[layer][e]
-                assert queue.filled()[layer, e].sum() == len(kept)
+                vectors = [v for v, i in zip(z[layer], expert_ids[layer].tolist(), strict=True) if i == e]
+                reference[layer][e].extend(vectors[-limit:])
+                expected = reference[layer][e]
+                assert queue.filled()[layer, e].sum() == len(expected)
                 ours = queue.keys[layer, e][queue.filled()[layer, e]]
-                assert sorted(ours.tolist()) == sorted(v.tolist() for v in kept)
+                assert sorted(ours.tolist()) == sorted(v.tolist() for v in expected)
 
 
 def test_a_slot_is_overwritten_oldest_first():
@@ -51,14 +43,14 @@ def test_one_step_cannot_flush_a_ring():
     assert queue.written.tolist() == [[5, 0]]
 
 
-def test_what_is_remembered_carries_no_gradient():
+def test_keys_are_detached():
     queue = ExpertQueue(1, 2, 4, 3)
     z = torch.randn(1, 6, 3, requires_grad=True)
     queue.enqueue(z, torch.randint(0, 2, (1, 6)), 4)
     assert not queue.keys.requires_grad
 
 
-def test_the_memory_is_part_of_the_state():
+def test_the_rings_are_part_of_the_state():
     queue = ExpertQueue(1, 2, 4, 3)
     queue.enqueue(torch.randn(1, 6, 3), torch.randint(0, 2, (1, 6)), 4)
     copy = ExpertQueue(1, 2, 4, 3)
@@ -66,3 +58,19 @@ def test_the_memory_is_part_of_the_state():
     assert set(queue.state_dict()) == {"keys", "written"}
     assert torch.equal(copy.keys, queue.keys)
     assert torch.equal(copy.filled(), queue.filled())
+
+
+def test_enqueue_equals_the_loop_of_its_docstring():
+    queue, n_slots, limit = ExpertQueue(2, 3, 4, 2), 4, 3
+    keys, written = queue.keys.clone(), queue.written.clone()
+    for n in (5, 9, 2, 17):
+        z, expert_ids = torch.randn(2, n, 2), torch.randint(0, 3, (2, n))
+        queue.enqueue(z, expert_ids, limit)
+        for layer in range(2):
+            for e in range(3):
+                for vector in z[layer][expert_ids[layer] == e][-limit:]:
+                    keys[layer, e, written[layer, e] % n_slots] = vector
+                    written[layer, e] += 1
+        assert torch.equal(queue.keys, keys)
+        assert torch.equal(queue.written, written)
+    assert written.min() > n_slots  # every ring wrapped around

@@ -1,3 +1,5 @@
+"""The wide LoRA against a loop over experts."""
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,7 +10,7 @@ from minidoctor.ops.linear import linear
 
 
 def loop_over_experts(layer, x, gates):
-    """The definition, one expert after the other."""
+    """Compute the definition, one expert after the other."""
     y = x @ layer.weight.T
     for e in range(gates.shape[-1]):
         rows = slice(e * layer.rank, (e + 1) * layer.rank)
@@ -18,7 +20,7 @@ def loop_over_experts(layer, x, gates):
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float64, 1e-12)])
-def test_wide_lora_equals_a_loop_over_experts_with_all_gradients(dtype, tolerance):
+def test_wide_lora_equals_expert_loop_with_all_gradients(dtype, tolerance):
     torch.manual_seed(0)
     layer = LoRAExperts(6, 5, n_experts=3, rank=2, alpha=4.0).to(dtype)
     nn.init.normal_(layer.lora_b)
@@ -34,7 +36,7 @@ def test_wide_lora_equals_a_loop_over_experts_with_all_gradients(dtype, toleranc
         assert (ours - plain).abs().max() <= tolerance * plain.abs().max()
 
 
-def test_an_expert_with_gate_zero_adds_nothing():
+def test_experts_with_gate_zero_contribute_nothing():
     torch.manual_seed(0)
     layer = LoRAExperts(6, 5, n_experts=2, rank=2, alpha=4.0)
     nn.init.normal_(layer.lora_b)
@@ -87,14 +89,14 @@ def test_a_bias_is_added_once_and_frozen():
     assert LoRAExperts(6, 5, n_experts=3, rank=2, alpha=4.0).bias is None
 
 
-def test_without_gates_every_expert_serves_in_full():
+def test_without_gates_every_expert_has_gate_one():
     layer = LoRAExperts(6, 5, n_experts=3, rank=2, alpha=4.0)
     nn.init.normal_(layer.lora_b)
     x = torch.randn(2, 7, 6)
     torch.testing.assert_close(layer(x), loop_over_experts(layer, x, torch.ones(2, 7, 3)))
 
 
-def test_new_experts_change_nothing_and_the_weight_is_frozen():
+def test_initial_experts_do_not_change_the_output():
     layer = LoRAExperts(6, 5, n_experts=3, rank=2, alpha=4.0)
     x = torch.randn(2, 7, 6)
     assert torch.equal(layer(x, torch.rand(2, 7, 3)), linear(x, layer.weight))

@@ -1,3 +1,5 @@
+"""The losses against double loops and counting."""
+
 import math
 import random
 
@@ -10,12 +12,12 @@ from minidoctor.losses import contrastive_routing_loss, language_model_loss, loa
 
 
 def random_contrast(dtype=torch.float32):
-    """Two layers, 5 anchors, 4 experts of which one has no key, rings of 6."""
+    """Return inputs of two sublayers, 5 anchors, 4 experts of which one has no key, rings of 6."""
     torch.manual_seed(0)
     z = F.normalize(torch.randn(2, 5, 3, dtype=dtype), dim=-1)
     gates = torch.rand(2, 5, 4, dtype=dtype) * (torch.rand(2, 5, 4) > 0.5)
-    gates[:, 0] = torch.tensor([0.0, 0.0, 0.0, 1.0])  # served only by the expert without keys
-    gates[:, 1] = torch.tensor([0.5, 0.0, 0.0, 0.5])  # half by it
+    gates[:, 0] = torch.tensor([0.0, 0.0, 0.0, 1.0])  # only the expert without keys
+    gates[:, 1] = torch.tensor([0.5, 0.0, 0.0, 0.5])  # half of the mass on it
     keys = F.normalize(torch.randn(2, 4, 6, 3, dtype=dtype), dim=-1)
     filled = torch.arange(6) < torch.tensor([[6, 2, 1, 0], [3, 6, 4, 0]])[..., None]
     return z, gates, keys, filled
@@ -50,10 +52,10 @@ def test_contrastive_loss_passes_gradcheck_and_reaches_only_z():
     assert torch.autograd.gradcheck(lambda z: contrastive_routing_loss(z, gates.detach(), keys, filled, 0.1), z)
     contrastive_routing_loss(z, gates, keys, filled, 0.1).backward()
     assert gates.grad is None
-    assert (z.grad[:, 0] == 0).all()  # nothing to compare with: no gradient, and not NaN
+    assert (z.grad[:, 0] == 0).all()  # without keys the gradient is 0 and not NaN
 
 
-def test_loss_is_log_m_when_all_keys_are_alike():
+def test_contrastive_loss_is_log_of_the_number_of_keys_when_all_are_equal():
     keys = F.normalize(torch.ones(2, 4, 3), dim=-1)
     loss = contrastive_routing_loss(
         torch.randn(5, 3), torch.tensor([1.0, 0.0]).expand(5, 2), keys, torch.ones(2, 4, dtype=bool), 0.07
@@ -70,9 +72,9 @@ def test_empty_queue_gives_exactly_zero_and_no_gradient():
     assert (z.grad == 0).all()
 
 
-def test_a_token_is_pulled_to_what_its_expert_served():
-    """One step against the gradient makes it look more like its own expert's keys than before."""
-    keys = torch.tensor([[[1.0, 0.0]], [[0.0, 1.0]]])  # (E, C, Z)
+def test_the_gradient_pulls_a_token_towards_the_keys_of_its_expert():
+    """A step against the gradient increases the similarity with the keys of its expert."""
+    keys = torch.tensor([[[1.0, 0.0]], [[0.0, 1.0]]])  # (E, Q, Z)
     z = F.normalize(torch.ones(1, 2), dim=-1).requires_grad_()
     gates = torch.tensor([[1.0, 0.0]])
     contrastive_routing_loss(z, gates, keys, torch.ones(2, 1, dtype=bool), 0.5).backward()
@@ -82,27 +84,27 @@ def test_a_token_is_pulled_to_what_its_expert_served():
 def test_balance_is_one_when_even_and_e_when_collapsed():
     even = torch.arange(4).expand(2, 3, 4)[..., :1] * 0 + torch.arange(4).repeat(6)[:6].view(2, 3, 1) % 2
     probs = torch.full((2, 3, 2), 0.5)
-    real = torch.ones(2, 3, dtype=bool)
-    torch.testing.assert_close(load_balance_loss(probs, even, real), torch.tensor(1.0))
+    mask = torch.ones(2, 3, dtype=bool)
+    torch.testing.assert_close(load_balance_loss(probs, even, mask), torch.tensor(1.0))
     probs = torch.tensor([1.0, 0.0, 0.0]).expand(2, 3, 3)
     collapsed = torch.zeros(2, 3, 1, dtype=torch.long)
-    torch.testing.assert_close(load_balance_loss(probs, collapsed, real), torch.tensor(3.0))
+    torch.testing.assert_close(load_balance_loss(probs, collapsed, mask), torch.tensor(3.0))
 
 
-def test_balance_equals_counting_and_leaves_padding_out():
+def test_balance_equals_counting_without_padding():
     torch.manual_seed(0)
     probs = torch.randn(2, 6, 4).softmax(-1)
     expert_ids = probs.topk(2).indices
-    real = torch.rand(2, 6) > 0.4
-    f, p, n = [0.0] * 4, [0.0] * 4, int(real.sum())
-    for b, t in real.nonzero().tolist():
+    mask = torch.rand(2, 6) > 0.4
+    f, p, n = [0.0] * 4, [0.0] * 4, int(mask.sum())
+    for b, t in mask.nonzero().tolist():
         for e in range(4):
             f[e] += (e in expert_ids[b, t].tolist()) / (2 * n)
             p[e] += probs[b, t, e].item() / n
     expected = 4 * sum(x * y for x, y in zip(f, p, strict=True))
-    torch.testing.assert_close(load_balance_loss(probs, expert_ids, real), torch.tensor(expected))
-    probs[~real], expert_ids[~real] = 0.9, 0
-    torch.testing.assert_close(load_balance_loss(probs, expert_ids, real), torch.tensor(expected))
+    torch.testing.assert_close(load_balance_loss(probs, expert_ids, mask), torch.tensor(expected))
+    probs[~mask], expert_ids[~mask] = 0.9, 0
+    torch.testing.assert_close(load_balance_loss(probs, expert_ids, mask), torch.tensor(expected))
 
 
 def test_language_model_loss_equals_cross_entropy_on_all_positions():
@@ -116,7 +118,7 @@ def test_language_model_loss_equals_cross_entropy_on_all_positions():
 
 
 class Allocated(TorchDispatchMode):
-    """Counts the bytes of every tensor that an operation makes: an upper bound of the peak, free of noise."""
+    """Count the bytes of every tensor that an operation creates: an upper bound of the peak, without noise."""
 
     def __init__(self):
         super().__init__()
@@ -130,7 +132,7 @@ class Allocated(TorchDispatchMode):
         return result
 
 
-def test_contrast_and_queue_cost_the_same_memory_for_1k_4k_and_16k_tokens():
+def test_contrast_and_queue_take_the_same_memory_for_1k_4k_and_16k_tokens():
     """Forward, backward into the routing vectors of the anchors, and the enqueue."""
     costs = []
     for n_tokens in (1024, 4096, 16384):
@@ -145,5 +147,5 @@ def test_contrast_and_queue_cost_the_same_memory_for_1k_4k_and_16k_tokens():
             loss.backward()
             queue.enqueue(anchors.detach(), gates[rows].argmax(-1).unsqueeze(0), 8)
         costs.append(allocated.n_bytes)
-    assert costs[0] > 128 * 8 * 64 * 4  # at least one similarity for each anchor and key
+    assert costs[0] > 128 * 8 * 64 * 4  # at least one similarity per anchor and key
     assert costs[0] == costs[1] == costs[2]

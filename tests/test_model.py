@@ -1,3 +1,5 @@
+"""The decoder against stored logits of an independent implementation, and against its definitions."""
+
 import shutil
 from copy import deepcopy
 from dataclasses import replace
@@ -41,7 +43,7 @@ def tiny_model(adapter: AdapterConfig | None = None) -> Model:
 
 
 def prompts_and_logits(family):
-    """What `transformers` computes for three prompts of different lengths, one by one: see `make_fixtures.py`."""
+    """Return the prompts, logits and greedy tokens that `transformers` computed one by one: see `make_fixtures.py`."""
     stored = dict(read_tensors(MODELS / family / "expected.safetensors"))
     lengths = sorted((int(name.split(".")[1]) for name in stored if name.startswith("tokens.")), reverse=True)
     return [(stored[f"tokens.{n}"], stored[f"logits.{n}"], stored[f"greedy.{n}"]) for n in lengths]
@@ -49,7 +51,7 @@ def prompts_and_logits(family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_of_every_family_equal_an_independent_implementation(family):
-    """In one batch, the shorter ones padded on the right; beyond the window and beyond the original context."""
+    """One right-padded batch, with positions beyond the window and beyond the original context."""
     model, expected = load_model(MODELS / family), prompts_and_logits(family)
     tokens = nn.utils.rnn.pad_sequence([tokens for tokens, _, _ in expected], batch_first=True)
     with torch.no_grad():
@@ -64,20 +66,19 @@ def test_cached_logits_of_every_family_equal_an_independent_implementation(famil
     for tokens, theirs, _ in expected:
         cache = KVCache(model.config, 1, len(tokens), model.lm_head.weight)
         for first, last in [(0, 4), *((i, i + 1) for i in range(4, len(tokens)))]:
-            cache.length = last
             with torch.no_grad():
                 logits, _ = model(tokens[None, first:last], torch.arange(first, last)[None], cache)
             torch.testing.assert_close(logits[0], theirs[first:last])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_greedy_continuations_of_every_family_are_those_of_an_independent_implementation(family):
+def test_greedy_tokens_of_every_family_equal_an_independent_implementation(family):
     model, expected = load_model(MODELS / family), prompts_and_logits(family)
     prompts = [tokens.tolist() for tokens, _, _ in expected]
     steps = list(generate(model, prompts, SampleConfig(temperature=0.0, max_new_tokens=64), stop_ids=()))
-    for written, (_, _, theirs) in zip(zip(*steps, strict=True), expected, strict=True):
-        assert list(written) == theirs.tolist()
-        assert len(written) == 64
+    for decoded, (_, _, theirs) in zip(zip(*steps, strict=True), expected, strict=True):
+        assert list(decoded) == theirs.tolist()
+        assert len(decoded) == 64
 
 
 @pytest.mark.parametrize(
@@ -90,7 +91,7 @@ def test_greedy_continuations_of_every_family_are_those_of_an_independent_implem
         ("qwen3", {"norm_eps": 1e-3}),
     ],
 )
-def test_the_stored_logits_notice_a_switch_that_is_wrong(family, change):
+def test_stored_logits_differ_for_a_wrong_switch(family, change):
     model, (tokens, theirs, _) = load_model(MODELS / family), prompts_and_logits(family)[0]
     wrong = Model(replace(model.config, **change)).eval()
     wrong.load_state_dict(model.state_dict())
@@ -98,7 +99,7 @@ def test_the_stored_logits_notice_a_switch_that_is_wrong(family, change):
         assert not torch.allclose(wrong(tokens[None])[0][0], theirs, atol=1e-3)
 
 
-def test_a_token_is_not_seen_by_those_before_it():
+def test_no_token_attends_to_later_tokens():
     model = tiny_model(AdapterConfig(n_experts=4, routing_dim=8, targets=EVERYWHERE))
     tokens = torch.randint(0, 50, (2, 10))
     logits, routings = model(tokens)
@@ -119,19 +120,17 @@ def test_cached_steps_equal_the_full_forward_for_rows_of_different_lengths():
     with torch.no_grad():
         full, _ = model(tokens)
         cache = KVCache(TINY, 3, 12, model.lm_head.weight)
-        cache.length = 7
         prompt = tokens[:, :7].masked_fill(torch.arange(7) >= lengths[:, None], 0)
         logits, _ = model(prompt, torch.arange(7).expand(3, 7), cache)
         for row, length in enumerate(lengths):
             torch.testing.assert_close(logits[row, :length], full[row, :length])
         for step in range(5):
             positions = lengths + step
-            cache.length += 1
             logits, _ = model(tokens[torch.arange(3), positions][:, None], positions[:, None], cache)
             torch.testing.assert_close(logits[:, 0], full[torch.arange(3), positions])
 
 
-def test_padding_on_the_right_changes_nothing():
+def test_right_padding_does_not_change_the_logits():
     model = tiny_model()
     tokens = torch.randint(0, 50, (2, 6))
     padded = torch.cat([tokens, torch.zeros(2, 4, dtype=torch.long)], dim=1)
@@ -149,7 +148,7 @@ def test_adapted_model_equals_the_base_bit_for_bit_before_training(tmp_path):
     assert not base(tokens)[1]
 
 
-def test_only_experts_and_routers_are_trained():
+def test_only_experts_and_routers_are_trainable():
     model = tiny_model(AdapterConfig(targets=("gate_proj", "up_proj", "down_proj")))
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     assert trained == set(adapter_state(model))
@@ -158,7 +157,7 @@ def test_only_experts_and_routers_are_trained():
     assert len(trained) == 2 * per_layer
 
 
-def test_the_same_seed_gives_the_same_experts_whatever_the_base(tmp_path):
+def test_the_same_seed_gives_the_same_experts_for_every_dtype(tmp_path):
     save_model(tiny_model(), tmp_path, torch.float32)
     torch.manual_seed(3)
     loaded = adapter_state(load_model(tmp_path, adapter=AdapterConfig()))
@@ -181,7 +180,7 @@ def test_rotation_depends_on_the_distance_only():
     assert abs(score(5, 3) - score(5, 4)) > 1e-3
 
 
-def test_rotation_turns_each_pair_by_its_angle():
+def test_rotation_rotates_each_pair_by_its_angle():
     x = torch.randn(1, 1, 1, 4)
     frequencies = rotary_frequencies(replace(TINY, head_dim=4, rope_theta=100.0), torch.device("cpu"))
     turned = rotate(x, rotary_table(torch.tensor([[3]]), frequencies, torch.float32)).flatten()
@@ -212,10 +211,10 @@ def test_parameter_names_are_those_of_the_checkpoint(family):
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler")
-def test_compiled_blocks_compute_the_same():
+def test_compiled_blocks_give_the_same_results():
     plain = tiny_model(AdapterConfig(4, 2, 2, targets=EVERYWHERE, routing_dim=8))
     compiled = deepcopy(plain)
-    compile_blocks(compiled)
+    compile_blocks(compiled.model.layers)
     assert compiled.state_dict().keys() == plain.state_dict().keys()
     for n_rows, n_tokens in ((3, 9), (2, 14)):
         tokens = torch.randint(0, 50, (n_rows, n_tokens))
@@ -225,18 +224,45 @@ def test_compiled_blocks_compute_the_same():
             logits, routings = model(tokens)
             logits.logsumexp(-1).mean().backward()
             results.append((logits, routings[0].gates, {n: p.grad for n, p in trainable_parameters(model).items()}))
-        # Not to the last bits: what is computed in one go is not rounded in between.
+        # Not to the last bit: fused operations do not round their intermediate results.
         torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-4)
     config = SampleConfig(max_new_tokens=12)
-    for prompts in ([[4, 8, 15], [16, 23, 42, 7, 9]], [[4, 8, 15]]):  # one row is multiplied in a way of its own
-        written = [list(generate(model, prompts, config, ())) for model in (plain, compiled)]
-        assert written[0] == written[1]
+    for prompts in ([[4, 8, 15], [16, 23, 42, 7, 9]], [[4, 8, 15]]):  # one row has a separate compiled form
+        decoded = [list(generate(model, prompts, config, ())) for model in (plain, compiled)]
+        assert decoded[0] == decoded[1]
 
 
-def test_where_nothing_can_be_compiled_it_is_said(monkeypatch):
+def test_compile_reports_a_machine_without_compiler(monkeypatch):
     def broken(*_):
         raise RuntimeError("no compiler\nand more lines")
 
     monkeypatch.setattr(torch, "compile", broken)
-    with pytest.raises(ValueError, match=r"--compile does not work here: no compiler$"):
-        compile_blocks(tiny_model())
+    with pytest.raises(ValueError, match=r"--compile .*: no compiler$"):
+        compile_blocks(tiny_model().model.layers)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral"])  # without and with a window
+def test_forward_and_cached_decoding_run_on_the_meta_device(family):
+    """No tensor is on another device and no value is read back: either one raises an error on `meta`."""
+    config = load_model(MODELS / family).config
+    with torch.no_grad(), torch.device("meta"):
+        model = Model(config, AdapterConfig(n_experts=4, routing_dim=8, targets=EVERYWHERE)).to("meta")
+        cache = KVCache(config, 2, 40, model.lm_head.weight)
+        for n_tokens in (20, 1, 1):
+            start = cache.length
+            positions = (start + torch.arange(n_tokens)).expand(2, n_tokens)
+            logits, routings = model(torch.zeros(2, n_tokens, dtype=torch.long), positions, cache)
+    assert logits.shape == (2, 1, config.vocab_size)
+    assert {tensor.device.type for routing in routings for tensor in routing} == {"meta"}
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_compiled_decoding_on_a_gpu_equals_eager_decoding():
+    plain = tiny_model(AdapterConfig(4, 2, 2, targets=EVERYWHERE, routing_dim=8)).to("cuda")
+    compiled = deepcopy(plain)
+    compile_blocks(compiled.model.layers)
+    config = SampleConfig(max_new_tokens=12)
+    for prompts in ([[4, 8, 15], [16, 23, 42, 7, 9]], [[4, 8, 15]]):
+        decoded = [list(generate(model, prompts, config, ())) for model in (plain, compiled)]
+        assert decoded[0] == decoded[1]

@@ -1,3 +1,5 @@
+"""The router against its definition, token by token."""
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -34,7 +36,7 @@ def test_k_gates_are_nonzero_and_sum_to_one(router):
     torch.testing.assert_close(gates.sum(-1), torch.ones(4, 50))
 
 
-def test_all_parameters_learn_through_the_gates(router):
+def test_gradients_reach_all_parameters_through_the_gates(router):
     routing = router(torch.randn(4, 50, 12))
     (routing.gates * torch.randn(5)).sum().backward()
     assert all(p.grad.abs().max() > 0 for p in router.parameters())
@@ -52,13 +54,13 @@ def test_scores_are_float32_for_a_bfloat16_model(router):
     assert routing.gates.dtype == torch.float32
 
 
-def test_the_length_of_a_token_state_does_not_matter(router):
+def test_routing_ignores_the_norm_of_the_hidden_state(router):
     x = torch.randn(2, 3, 12)
     torch.testing.assert_close(router(100 * x).probs, router(x).probs)
     assert not torch.allclose(router(F.dropout(x)).probs, router(x).probs)
 
 
-def test_nothing_is_stored_on_the_module(router):
+def test_routing_is_not_stored_on_the_module(router):
     before = set(vars(router))
     router(torch.randn(2, 3, 12))
     assert set(vars(router)) == before

@@ -18,7 +18,7 @@ from minidoctor.config import AdapterConfig, TrainConfig
 from minidoctor.losses import contrastive_routing_loss, load_balance_loss
 from minidoctor.model import trainable_parameters
 from minidoctor.questions.rows import parse_row
-from minidoctor.step import learning_rate, make_optimizer, make_queue, train_step
+from minidoctor.step import compute_losses, learning_rate, make_optimizer, make_queue, train_step
 from minidoctor.text.tokenizer import encode_conversation
 
 ADAPTER_CONFIG = AdapterConfig(n_experts=4, top_k=2, rank=2, alpha=4.0, routing_dim=4)
@@ -29,8 +29,8 @@ def read_examples(config, tokenizer):
     return [encode_conversation(row.messages, tokenizer, config.max_seq_len) for row in rows]
 
 
-def one_step(config, tokenizer, parts=1, step=0, queue=None, change=lambda batch: batch):
-    """A step of a new model on the first batch: its metrics, and the gradient it made."""
+def one_step(config, tokenizer, n_micro=1, step=0, queue=None, change=lambda batch: batch):
+    """Return the model, the metrics and the gradient of one step on the first batch."""
     torch.manual_seed(0)
     model = load_model(config.base, adapter=ADAPTER_CONFIG)
     with torch.no_grad():
@@ -38,18 +38,18 @@ def one_step(config, tokenizer, parts=1, step=0, queue=None, change=lambda batch
             if name.endswith("lora_b"):
                 nn.init.normal_(parameter, std=0.3)
     optimizer = torch.optim.SGD(trainable_parameters(model).values())
-    optimizer.step = optimizer.zero_grad = lambda: None  # keep the weights, and what backward made
+    optimizer.step = optimizer.zero_grad = lambda: None  # keeps the parameters and the gradient
     batch = next(ShuffledBatches(read_examples(config, tokenizer), config.batch_size, 0).starting_at(step))
-    batches = [change(part) for part in micro_batches(batch, parts)]
+    batches = [change(part) for part in micro_batches(batch, n_micro)]
     metrics = train_step(model, optimizer, queue, batches, step, config)
     return model, metrics, {name: p.grad for name, p in trainable_parameters(model).items()}
 
 
 def test_gradient_accumulation_equals_the_large_batch(make_config, tokenizer):
     config = make_config(balance_weight=0.0, contrast_weight=0.0, clip=1e9, batch_size=8)
-    _, whole, expected = one_step(config, tokenizer, parts=1)
-    for parts in (2, 3, 8):
-        _, metrics, gradient = one_step(config, tokenizer, parts=parts)
+    _, whole, expected = one_step(config, tokenizer, n_micro=1)
+    for n_micro in (2, 3, 8):
+        _, metrics, gradient = one_step(config, tokenizer, n_micro=n_micro)
         torch.testing.assert_close(metrics.losses["lm"], whole.losses["lm"])
         for name in expected:
             torch.testing.assert_close(gradient[name], expected[name])
@@ -68,7 +68,7 @@ def test_labels_of_prompt_and_padding_do_not_change_the_loss(make_config, tokeni
     assert metrics.losses["loss"] == other.losses["loss"]
     assert all(torch.equal(gradient[name], other_gradient[name]) for name in gradient)
 
-    def relabeled(batch: Batch) -> Batch:  # an answer's label does
+    def relabeled(batch: Batch) -> Batch:  # the label of an answer token changes the loss
         targets = batch.targets.flatten().clone()
         targets[batch.answer_positions[0]] += 1
         return batch._replace(targets=targets.view_as(batch.targets))
@@ -98,7 +98,7 @@ def test_contrast_uses_the_queue_before_this_step_is_enqueued(make_config, token
     torch.manual_seed(0)
     queue = make_queue(load_model(config.base, adapter=ADAPTER_CONFIG), config)
     _, metrics, _ = one_step(config, tokenizer, queue=queue)
-    assert metrics.losses["contrast"] == 0  # nothing is remembered at step 0
+    assert metrics.losses["contrast"] == 0  # the queue is empty at step 0
     assert queue.written.sum() > 0
     keys, filled = queue.keys.clone(), queue.filled()
     seen = []
@@ -122,10 +122,10 @@ def test_total_is_the_weighted_sum_and_contrast_warms_up(make_config, tokenizer)
     queue = make_queue(load_model(config.base, adapter=ADAPTER_CONFIG), config)
     one_step(config, tokenizer, queue=queue)
     _, metrics, _ = one_step(config, tokenizer, step=1, queue=queue)
-    parts = metrics.losses
-    assert parts["contrast"] > 0
-    expected = parts["lm"] + 0.3 * parts["balance"] + 0.5 * (2 / 4) * parts["contrast"]
-    torch.testing.assert_close(parts["loss"], expected)
+    losses = metrics.losses
+    assert losses["contrast"] > 0
+    expected = losses["lm"] + 0.3 * losses["balance"] + 0.5 * (2 / 4) * losses["contrast"]
+    torch.testing.assert_close(losses["loss"], expected)
 
 
 @pytest.mark.parametrize("switched_off", ["contrast_weight", "balance_weight"])
@@ -159,12 +159,12 @@ def test_activation_checkpointing_gives_the_same_gradients(make_config, tokenize
 
 
 class NoSynchronization(TorchDispatchMode):
-    """Fails where a number is read from a tensor, or a shape depends on one: a GPU would have to be waited for."""
+    """Fail where a value is read from a tensor or a shape depends on one: on a GPU the CPU would wait for it."""
 
-    waits = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "is_nonzero", "equal")
+    synchronizing = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "is_nonzero", "equal")
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        assert func.overloadpacket.__name__ not in self.waits, func
+        assert func.overloadpacket.__name__ not in self.synchronizing, func
         return func(*args, **(kwargs or {}))
 
 
@@ -186,12 +186,52 @@ def test_custom_losses_are_weighted_like_the_default_terms(make_config, tokenize
     parts = [collate(read_examples(config, tokenizer)[:4])]
     seen = []
 
-    def more(batch, routings, anchors):
+    def custom_losses(model, batch, anchors, queue, config):
         seen.append(anchors)
-        return 3 * routings[0].z.flatten(0, 1)[anchors].sum()
+        losses, routings = compute_losses(model, batch, anchors, queue, config)
+        return losses | {"contrast": 3 * routings[0].z.flatten(0, 1)[anchors].sum()}, routings
 
-    metrics = train_step(model, make_optimizer(model, config), None, parts, 0, config, more)
-    losses = metrics.losses
-    torch.testing.assert_close(losses["loss"], losses["lm"] + 0.5 * losses["more"])
+    losses = train_step(model, make_optimizer(model, config), None, parts, 0, config, custom_losses).losses
+    torch.testing.assert_close(losses["loss"], losses["lm"] + 0.5 * losses["contrast"])
     assert set(seen[0].tolist()) <= set(parts[0].answer_positions.tolist())
-    assert losses["more"] != 0
+    assert losses["contrast"] != 0
+
+
+def test_step_reports_the_load_of_the_anchors_and_the_fill_of_the_queue(make_config, tokenizer):
+    config = make_config()
+    torch.manual_seed(0)
+    queue = make_queue(load_model(config.base, adapter=ADAPTER_CONFIG), config)
+    _, metrics, _ = one_step(config, tokenizer, queue=queue)
+    assert metrics.expert_load.shape == (4, 4)  # attention and feed-forward of two layers, four experts
+    torch.testing.assert_close(metrics.expert_load.sum(1), torch.ones(4))
+    filled = sum(min(int(n), config.queue_capacity) for n in queue.written.flatten())
+    assert metrics.queue_fill.item() == pytest.approx(filled / (16 * config.queue_capacity))
+    assert 0 < filled < 16 * config.queue_capacity
+
+
+def test_step_runs_on_the_meta_device(make_config, tokenizer):
+    """No tensor is on another device and no value is read back: either one raises an error on `meta`."""
+    config = make_config()
+    model = load_model(config.base, adapter=ADAPTER_CONFIG).to("meta")
+    optimizer, queue = make_optimizer(model, config), make_queue(model, config)
+    batches = micro_batches(read_examples(config, tokenizer)[:6], 2)
+    for step in range(2):
+        metrics = train_step(model, optimizer, queue, batches, step, config)
+    tensors = [*metrics.losses.values(), metrics.expert_load, metrics.queue_fill, metrics.grad_norm, queue.keys]
+    assert {tensor.device.type for tensor in tensors} == {"meta"}
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_bfloat16_step_on_a_gpu_is_close_to_float32_on_the_cpu(make_config, tokenizer):
+    config, losses = make_config(), []
+    for device, dtype in (("cpu", torch.float32), ("cuda", torch.bfloat16)):
+        torch.manual_seed(0)
+        model = load_model(config.base, dtype, device, ADAPTER_CONFIG)
+        optimizer, queue = make_optimizer(model, config), make_queue(model, config)
+        batches = micro_batches(read_examples(config, tokenizer)[:8], 2)
+        losses.append(
+            [train_step(model, optimizer, queue, batches, step, config).losses["lm"].item() for step in range(3)]
+        )
+    assert losses[1] == pytest.approx(losses[0], rel=0.03)  # bfloat16 has 8 significant bits
+    assert losses[0][2] < losses[0][0]

@@ -1,3 +1,5 @@
+"""The chunked cross-entropy against the plain form."""
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -23,13 +25,15 @@ def test_chunked_cross_entropy_equals_the_plain_form_with_its_gradients(chunk_si
 
 
 class LargestTensor(TorchDispatchMode):
-    numbers = 0
+    """Record the number of elements of the largest tensor that an operation creates."""
+
+    n_elements = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         for tensor in out if isinstance(out, (tuple, list)) else [out]:
             if isinstance(tensor, torch.Tensor):
-                self.numbers = max(self.numbers, tensor.numel())
+                self.n_elements = max(self.n_elements, tensor.numel())
         return out
 
 
@@ -39,7 +43,7 @@ def test_no_tensor_exceeds_the_chunk_size(monkeypatch):
     targets = torch.randint(200, (1, 500))
     with LargestTensor() as largest:
         language_model_loss(hidden, head, targets, torch.arange(500)).backward()
-    assert largest.numbers <= 6400 < 500 * 200
+    assert largest.n_elements <= 6400 < 500 * 200
 
 
 def test_loss_without_answer_tokens_is_zero():
