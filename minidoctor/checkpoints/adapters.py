@@ -1,6 +1,7 @@
 """TODO"""
 
 import dataclasses
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +18,13 @@ from minidoctor.model import Model, adapter_state
 from minidoctor.text.tokenizer import Tokenizer, load_tokenizer
 
 CONFIG, ADAPTER = "adapter_config.json", "adapter.safetensors"
+# All files of an adapter and of its training, here and in the package `peft`.
+ADAPTER_FILES = (CONFIG, ADAPTER, "training_state.safetensors", WEIGHTS, "adapter_model.bin")
+
+
+def has_adapter(directory: str | Path) -> bool:
+    """Return whether the directory contains any file of an adapter, so that a run must not write there."""
+    return any(os.path.lexists(Path(directory) / name) for name in ADAPTER_FILES)
 
 
 def save_adapter_config(out: Path, base: str, adapter: AdapterConfig, chat_format: str = "auto") -> None:

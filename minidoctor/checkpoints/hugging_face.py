@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from minidoctor.checkpoints.families import Family, config_settings, read_config
 from minidoctor.config import AdapterConfig, ModelConfig, UserError
@@ -162,3 +162,14 @@ def checkpoint_hash(directory: str | Path) -> str:
                     file.seek(place)
                     digest.update(file.read(min(4096, entry.end - place)))
     return digest.hexdigest()
+
+
+def find_non_finite(model: nn.Module) -> str | None:
+    """Return the name of the first tensor of the model that contains NaN or infinity, or None.
+
+    Only the minimum and the maximum are computed, which NaN and infinity both reach, so nothing is copied.
+    """
+    for name, tensor in model.state_dict().items():
+        if tensor.numel() and not all(extreme.isfinite() for extreme in tensor.aminmax()):
+            return name
+    return None

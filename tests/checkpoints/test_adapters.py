@@ -8,7 +8,9 @@ import torch
 
 from minidoctor.checkpoints.adapters import (
     ADAPTER,
+    ADAPTER_FILES,
     CONFIG,
+    has_adapter,
     load,
     load_adapted_model,
     load_into,
@@ -26,6 +28,17 @@ from minidoctor.training.state import STATE, read_state, save_training_state
 @pytest.fixture
 def copy(tmp_path, adapter_dir):
     return shutil.copytree(adapter_dir, tmp_path / "adapter")
+
+
+def test_has_adapter_finds_each_file_of_ours_and_of_peft(tmp_path):
+    assert not has_adapter(tmp_path / "nowhere")
+    (tmp_path / "metrics.jsonl").touch()
+    assert not has_adapter(tmp_path)
+    assert {ADAPTER, CONFIG, STATE, "adapter_model.safetensors", "adapter_model.bin"} == set(ADAPTER_FILES)
+    for name in ADAPTER_FILES:
+        (tmp_path / name).symlink_to("nowhere")  # a file that cannot be read is not overwritten either
+        assert has_adapter(tmp_path)
+        (tmp_path / name).unlink()
 
 
 def test_a_saved_adapter_comes_back_on_its_base(base_dir, adapter_dir, adapter):

@@ -19,7 +19,7 @@ from paths import ROOT
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from minidoctor.checkpoints.families import read_model_config
-from minidoctor.checkpoints.hugging_face import checkpoint_hash, load_model, save_model
+from minidoctor.checkpoints.hugging_face import checkpoint_hash, find_non_finite, load_model, save_model
 from minidoctor.config import ModelConfig, RopeScaling
 from minidoctor.files.safetensors import read_tensors, write_tensors
 from minidoctor.model import Model
@@ -437,6 +437,18 @@ def test_an_index_with_a_name_that_no_file_can_have_is_refused(tmp_path, base_di
     (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
     with pytest.raises((ValueError, FileNotFoundError), match="base"):
         load_model(directory)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_find_non_finite_names_the_first_such_tensor(base_dir, dtype, value):
+    model = load_model(base_dir, dtype)
+    assert find_non_finite(model) is None
+    with torch.no_grad():
+        model.model.norm.weight[3] = value
+        assert find_non_finite(model) == "model.norm.weight"
+        model.model.layers[1].mlp.up_proj.weight[2, 5] = value
+    assert find_non_finite(model) == "model.layers.1.mlp.up_proj.weight"
 
 
 class Allocations(TorchDispatchMode):
