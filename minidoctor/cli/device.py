@@ -1,4 +1,4 @@
-"""TODO"""
+"""The choice of device and dtype by name, with "auto" for the best that the machine has."""
 
 import torch
 
@@ -6,21 +6,19 @@ from minidoctor.config import check
 
 
 def choose_device(name: str) -> torch.device:
-    """Raises ValueError if there is none of that kind."""
-    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if name == "auto":
-        name = next(kind for kind in ("cuda", "mps", "cpu") if available[kind])
-    check(name in available, f"device must be auto, {', '.join(available)}, got {name!r}")
+    """Return the device, "auto": the first available of cuda, mps and cpu. Raises UserError."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    kinds = [kind for kind in available if available[kind]]
+    check(name in ("auto", *available), f"device must be auto, {', '.join(available)}, got {name!r}")
     check(
-        available[name],
-        f"device {name} is not there, torch {torch.__version__} finds only "
-        f"{', '.join(kind for kind in available if available[kind])}",
+        name in ("auto", *kinds),
+        f'device "{name}" is not available (torch {torch.__version__} finds: {", ".join(kinds)})',
     )
-    return torch.device(name)
+    return torch.device(kinds[0] if name == "auto" else name)
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """Of the frozen base. Raises ValueError."""
+    """Return the dtype of the frozen base, "auto": bfloat16 on a GPU that has it, else float32. Raises UserError."""
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
     if name == "auto":
         name = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"

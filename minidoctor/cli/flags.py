@@ -15,7 +15,7 @@ MODEL_FLAGS = {
 
 
 def add_model_flags(parser: argparse.ArgumentParser, *names: str) -> None:
-    """Add `--base`, `--adapter`, `--chat-format`, `--device` and `--dtype`, or only those in `names`, such as "chat_format"."""
+    """Add the flags of these names, such as "chat_format", or all of MODEL_FLAGS."""
     for name in names or MODEL_FLAGS:
         default, text = MODEL_FLAGS[name]
         text += f" (default {default or 'none'})"

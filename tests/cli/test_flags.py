@@ -3,7 +3,7 @@ import dataclasses
 
 import pytest
 
-from minidoctor.cli.flags import add_flags, from_flags
+from minidoctor.cli.flags import MODEL_FLAGS, add_flags, add_model_flags, from_flags
 from minidoctor.config import AdapterConfig, SampleConfig, TrainConfig
 
 
@@ -14,7 +14,7 @@ def parse(config, *words):
 
 
 @pytest.mark.parametrize("config", [TrainConfig, AdapterConfig, SampleConfig])
-def test_without_flags_the_dataclass_has_its_defaults_and_nothing_counts_as_parse(config):
+def test_without_flags_the_dataclass_has_its_defaults_and_no_flag_is_present(config):
     assert parse(config) == {}
     assert from_flags(config, {}) == config()
 
@@ -54,7 +54,22 @@ def test_flags_of_another_dataclass_are_left_out():
 
 
 def test_a_flag_of_the_wrong_type_ends_in_exit_code_2(capsys):
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(SystemExit, match="2"):
         parse(TrainConfig, "--steps", "many")
-    assert ended.value.code == 2
     assert "--steps" in capsys.readouterr().err
+
+
+def test_model_flags_are_all_or_the_named_ones():
+    parser = argparse.ArgumentParser()
+    add_model_flags(parser, "base", "device")
+    assert vars(parser.parse_args(["--device", "cpu"])) == {"base": "data/base", "device": "cpu"}
+    parser = argparse.ArgumentParser()
+    add_model_flags(parser)
+    assert set(vars(parser.parse_args(["--chat-format", "plain"]))) == set(MODEL_FLAGS)
+
+
+def test_model_flags_have_the_defaults_of_the_training_flags():
+    config = TrainConfig()
+    assert {name: MODEL_FLAGS[name][0] for name in ("base", "chat_format", "device", "dtype")} == {
+        name: getattr(config, name) for name in ("base", "chat_format", "device", "dtype")
+    }
