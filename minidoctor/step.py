@@ -67,28 +67,32 @@ def gather_routing(routings: list[Routing], positions: Tensor) -> tuple[Tensor, 
     return z, gates, top1
 
 
-LossFunction = Callable[
-    [Model, Batch, Tensor, ExpertQueue | None, TrainConfig], tuple[dict[str, Tensor], list[Routing]]
-]
+class Losses(NamedTuple):
+    """The unweighted loss terms of one batch, and the routing of its anchors, which the queue receives after the step."""
+
+    terms: dict[str, Tensor]  # "lm", summed over the answer tokens; "balance" and "contrast", means over the sublayers
+    routings: list[Routing]
+    z: Tensor | None  # (L, n, Z), detached; None without a router
+    top1: Tensor | None  # (L, n)
+
+
+LossFunction = Callable[[Model, Batch, Tensor, ExpertQueue | None, TrainConfig], Losses]
 
 
 def compute_losses(
     model: Model, batch: Batch, anchors: Tensor, queue: ExpertQueue | None, config: TrainConfig
-) -> tuple[dict[str, Tensor], list[Routing]]:
-    """Return the unweighted loss terms of a batch and the routings they were computed from.
-
-    "lm" is summed over the answer tokens, "balance" and "contrast" are means over the sublayers. `anchors` (n,) are
-    the flattened positions of the tokens that are contrasted with the queue.
-    """
+) -> Losses:
+    """Return the losses of a batch. `anchors` (n,) are the flattened positions of the tokens to be contrasted."""
     hidden, routings = model.hidden(batch.tokens, recompute=config.recompute)  # (B, T, D), L routings
-    losses = {"lm": language_model_loss(hidden, model.lm_head.weight, batch.targets, batch.answer_positions)}
-    if routings:
-        balance = [load_balance_loss(r.probs, r.expert_ids, batch.attention_mask) for r in routings]
-        losses["balance"] = torch.stack(balance).mean()
-    if routings and queue:
-        z, gates, _ = gather_routing(routings, anchors)
-        losses["contrast"] = contrastive_routing_loss(z, gates, queue.keys, queue.filled(), config.contrast_temperature)
-    return losses, routings
+    terms = {"lm": language_model_loss(hidden, model.lm_head.weight, batch.targets, batch.answer_positions)}
+    if not routings:
+        return Losses(terms, [], None, None)
+    balance = [load_balance_loss(r.probs, r.expert_ids, batch.attention_mask) for r in routings]
+    terms["balance"] = torch.stack(balance).mean()
+    z, gates, top1 = gather_routing(routings, anchors)
+    if queue:
+        terms["contrast"] = contrastive_routing_loss(z, gates, queue.keys, queue.filled(), config.contrast_temperature)
+    return Losses(terms, routings, z.detach(), top1)
 
 
 def train_step(
@@ -119,15 +123,14 @@ def train_step(
         n = min(len(batch.answer_positions), max(1, config.n_anchors // len(batches)))
         anchors = batch.answer_positions[rng.sample(range(len(batch.answer_positions)), n)]  # (n,)
         batch, anchors = batch.to(device), anchors.to(device, non_blocking=True)
-        losses, routings = compute_losses(model, batch, anchors, queue, config)
-        losses = {name: loss / divisors[name] for name, loss in losses.items()}
-        total = torch.stack([weights[name] * loss for name, loss in losses.items()]).sum()
+        losses = compute_losses(model, batch, anchors, queue, config)
+        terms = {name: loss / divisors[name] for name, loss in losses.terms.items()}
+        total = torch.stack([weights[name] * loss for name, loss in terms.items()]).sum()
         total.backward()
-        for name, loss in {"loss": total, **losses}.items():
+        for name, loss in {"loss": total, **terms}.items():
             sums[name] = sums.get(name, 0.0) + loss.detach()
-        if routings:
-            z, _, top1 = gather_routing(routings, anchors)  # (L, n, Z), (L, n)
-            anchor_routing.append((z.detach(), top1))
+        if losses.z is not None and losses.top1 is not None:
+            anchor_routing.append((losses.z, losses.top1))
 
     grad_norm = torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], config.clip)
     optimizer.param_groups[0]["lr"] = lr = learning_rate(step, config)

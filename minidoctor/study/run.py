@@ -26,7 +26,7 @@ from minidoctor.model import Model, adapter_state, trainable_parameters
 from minidoctor.picture.statistics import Top1, label_information, load_statistics, mean_cosine_similarity, top1_experts
 from minidoctor.questions.rows import Row, read_rows
 from minidoctor.router import Routing
-from minidoctor.step import compute_losses, gather_routing, make_optimizer, make_queue, train_step
+from minidoctor.step import Losses, compute_losses, gather_routing, make_optimizer, make_queue, train_step
 from minidoctor.text.tokenizer import encode_conversation, load_tokenizer
 from minidoctor.training.log import peak_memory_gib
 
@@ -141,11 +141,11 @@ def contrast_in_batch(batch: Batch, routings: list[Routing], anchors: Tensor, te
 
 def compute_losses_in_batch(
     model: Model, batch: Batch, anchors: Tensor, queue: ExpertQueue | None, config: TrainConfig
-) -> tuple[dict[str, Tensor], list[Routing]]:
+) -> Losses:
     """Return the losses of a step whose contrast takes its keys from the batch instead of a queue."""
-    losses, routings = compute_losses(model, batch, anchors, None, config)
-    losses["contrast"] = contrast_in_batch(batch, routings, anchors, config.contrast_temperature)
-    return losses, routings
+    losses = compute_losses(model, batch, anchors, None, config)
+    contrast = contrast_in_batch(batch, losses.routings, anchors, config.contrast_temperature)
+    return losses._replace(terms=losses.terms | {"contrast": contrast})
 
 
 def rows_of(config: StudyConfig) -> list[Row]:
