@@ -4,7 +4,7 @@ import random
 import pytest
 
 from minidoctor.batching import IGNORE, Example, ShuffledBatches, collate
-from minidoctor.questions.rows import read_rows
+from minidoctor.questions.json_rows import read_rows
 from minidoctor.text.tokenizer import encode_conversation
 
 CHOICE = {"question": "Which?", "options": {"A": "gout", "B": "asthma", "C": "flu"}, "answer": "B"}
@@ -127,7 +127,7 @@ def plain_targets(tokenizer, tokens):
     """Walks over the conversation: an assistant's marker starts what is learned, its end token ends it."""
     targets, learning = [], False
     for token, following in itertools.pairwise(tokens):
-        learning = learning or token == tokenizer.controls["<|assistant|>"]
+        learning = learning or token == tokenizer.special_tokens["<|assistant|>"]
         targets.append(following if learning else IGNORE)
         learning = learning and following not in tokenizer.eos_ids
     return targets
