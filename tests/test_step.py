@@ -17,7 +17,7 @@ from minidoctor.checkpoints.hugging_face import load_model
 from minidoctor.config import AdapterConfig, TrainConfig
 from minidoctor.losses import contrastive_routing_loss, load_balance_loss
 from minidoctor.model import trainable_parameters
-from minidoctor.questions.rows import parse_row
+from minidoctor.questions.json_rows import parse_row
 from minidoctor.step import compute_losses, learning_rate, make_optimizer, make_queue, train_step
 from minidoctor.text.tokenizer import encode_conversation
 

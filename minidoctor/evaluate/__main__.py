@@ -28,7 +28,7 @@ from minidoctor.evaluate.prompts import Asker, Question
 from minidoctor.evaluate.protocol import EvalConfig
 from minidoctor.evaluate.summary import compare, percent, table
 from minidoctor.files.json_files import read_object, write_json
-from minidoctor.questions.exams import Questions, question_files, read_questions
+from minidoctor.questions.read import Questions, list_question_files, read_questions
 from minidoctor.questions.rows import Row
 from minidoctor.text.stream import printable
 
@@ -51,7 +51,7 @@ def submission_of(questions: list[Question], found: list[Found], config: EvalCon
 
 def read_data(given: argparse.Namespace) -> tuple[list[Row], list[dict[str, Any]]]:
     """The rows of all files, and what is to be said of each file. Raises FileNotFoundError or ValueError."""
-    paths = [file for path in given.data for file in question_files(Path(path))]
+    paths = [file for path in given.data for file in list_question_files(Path(path))]
     if given.answers and len(paths) > 1:
         raise UserError("--answers belongs to the questions of CMB: give their file alone")
     rows: list[Row] = []
@@ -67,16 +67,21 @@ def described(path: Path, questions: Questions, answers: str | None = None) -> d
     digest = hashlib.sha256(path.read_bytes())
     if answers:
         digest.update(Path(answers).read_bytes())
-    return {"file": path.name, "sha256": digest.hexdigest(), "questions": len(questions.rows), "odd": questions.odd}
+    return {
+        "file": path.name,
+        "sha256": digest.hexdigest(),
+        "questions": len(questions.rows),
+        "odd": questions.malformed,
+    }
 
 
 def read_pool(given: argparse.Namespace, shots: int) -> tuple[list[Row], list[dict[str, Any]]]:
     """Solved questions for --shots: from --dev, or from dev/ beside the questions' directory, as CMMLU has it."""
     if not shots:
         return [], []
-    paths = [file for path in given.dev or () for file in question_files(Path(path))]
+    paths = [file for path in given.dev or () for file in list_question_files(Path(path))]
     if not paths:
-        for file in [file for path in given.data for file in question_files(Path(path))]:
+        for file in [file for path in given.data for file in list_question_files(Path(path))]:
             near = (file.parent.parent / "dev" / file.name, file.with_stem("dev"))
             paths += [one for one in near if one.exists() and one != file][:1]
     if not paths:

@@ -82,7 +82,7 @@ def judge(row: Row, outcome: Outcome) -> Outcome:
     reply = outcome.get("reply")
     if not row.options:
         return outcome | {"prediction": reply or "", "correct": contains(reply or "", row.answer)}
-    prediction = decide(outcome["scores"], row.several) if reply is None else read_letters(reply, row.options)
+    prediction = decide(outcome["scores"], row.multiple_answers) if reply is None else read_letters(reply, row.options)
     return outcome | {"prediction": prediction, "correct": prediction == row.answer if row.answer else None}
 
 
@@ -103,9 +103,9 @@ def prediction_of(question: Question, config: EvalConfig, found: Found) -> Predi
         **found.get("loss", {}),
         "exam": row.exam,
         "subject": row.topic,
-        **row.about,
+        **row.metadata,
         "language": row.language,
-        "several": row.several,
+        "several": row.multiple_answers,
         "n_options": len(row.options),
         "longest": max(row.options, key=lambda letter: len(row.options[letter]), default=""),
         "question_sha256": sha256(json.dumps([row.question, row.options])),

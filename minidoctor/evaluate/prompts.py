@@ -113,7 +113,7 @@ def read_prompt(path: Path) -> Prompt:
 def slots_of(row: Row, prompt: Prompt) -> dict[str, str]:
     """What the row can say of each slot."""
     options = [prompt.option.format(letter=letter, text=text) for letter, text in row.options.items()]
-    own = {"question": row.question, "options": "\n".join(options), **row.about}
+    own = {"question": row.question, "options": "\n".join(options), **row.metadata}
     known = {"question_type": "选择题"} if row.exam == "cmb" else {}  # never what the answer shows
     subject = SUBJECTS.get(row.topic, row.topic)
     return known | ({"subject": subject} if subject else {}) | own
@@ -214,7 +214,7 @@ def choose_shots(row: Row, pool: list[Row], n: int) -> list[Row]:
     """The first n solved questions of the same subject, in CMB of the same exam; of any, if there are none of it."""
 
     def kind(of: Row) -> tuple[str | None, ...]:
-        return (of.about.get("exam_type"), of.about.get("exam_class")) if of.exam == "cmb" else (of.topic,)
+        return (of.metadata.get("exam_type"), of.metadata.get("exam_class")) if of.exam == "cmb" else (of.topic,)
 
     def first(same: bool) -> list[Row]:
         solved = (shot for shot in pool if shot.options and shot.answer and shot.question != row.question)

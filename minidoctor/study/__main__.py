@@ -29,7 +29,7 @@ from minidoctor.cli.flags import add_flags, from_flags
 from minidoctor.cli.main import run
 from minidoctor.config import UserError
 from minidoctor.files.json_files import read_object, write_json
-from minidoctor.questions.rows import read_rows
+from minidoctor.questions.json_rows import read_rows
 from minidoctor.study.report import markdown, summary_of, table
 from minidoctor.study.run import BASELINE, VARIANTS, StudyConfig, rows_of, run_one
 

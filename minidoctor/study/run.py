@@ -24,7 +24,8 @@ from minidoctor.expert_queue import ExpertQueue
 from minidoctor.losses import contrastive_routing_loss, language_model_loss
 from minidoctor.model import Model, adapter_state, trainable_parameters
 from minidoctor.picture.statistics import Top1, label_information, load_statistics, mean_cosine_similarity, top1_experts
-from minidoctor.questions.rows import Row, read_rows
+from minidoctor.questions.json_rows import read_rows
+from minidoctor.questions.rows import Row
 from minidoctor.router import Routing
 from minidoctor.step import Losses, compute_losses, gather_routing, make_optimizer, make_queue, train_step
 from minidoctor.text.tokenizer import encode_conversation, load_tokenizer

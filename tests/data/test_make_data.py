@@ -9,7 +9,7 @@ import pytest
 
 from data.make_data import ATTRIBUTES, HERE, LANGUAGES, QUESTIONS, declarative_text, make, read_table, split
 from minidoctor.checkpoints.hugging_face import load_model
-from minidoctor.questions.rows import read_rows
+from minidoctor.questions.json_rows import read_rows
 from minidoctor.text.tokenizer import load_tokenizer
 
 DEPARTMENTS, CONDITIONS = read_table()

@@ -19,8 +19,9 @@ from minidoctor.evaluate.predictions import contains, evaluate, known_from, pred
 from minidoctor.evaluate.protocol import EvalConfig
 from minidoctor.evaluate.summary import full_summary
 from minidoctor.model import Model
-from minidoctor.questions.exams import read_questions
-from minidoctor.questions.rows import conversation, read_rows
+from minidoctor.questions.json_rows import read_rows
+from minidoctor.questions.read import read_questions
+from minidoctor.questions.rows import conversation
 from minidoctor.text.chat_formats import CHAT_FORMATS
 from minidoctor.text.tokenizer import encode_conversation
 
@@ -90,7 +91,7 @@ def plain_prediction(model, tokenizer, row):
         text[letter] = sum(likelihoods) / len(likelihoods)
         letters[letter] = sum(plain_log_likelihoods(model, prompt, tokenizer.encode(letter)))
     best = "".join(letter for letter in text if text[letter] >= sum(text.values()) / len(text))
-    return best if row.several else max(text, key=text.get), text, letters
+    return best if row.multiple_answers else max(text, key=text.get), text, letters
 
 
 @pytest.mark.parametrize(("tokens_in_a_batch", "batch_size"), [(60, 16), (4096, 1), (4096, 16)])
@@ -246,7 +247,7 @@ def test_one_that_never_writes_a_letter_scores_0_with_everything_unanswered(mode
 
 
 def test_one_that_answers_at_random_lands_inside_its_interval(model, tokenizer, rows_file, monkeypatch):
-    rows = [row for row in read_rows(rows_file(*questions_of(800, seed=2))) if not row.several]
+    rows = [row for row in read_rows(rows_file(*questions_of(800, seed=2))) if not row.multiple_answers]
     rng = random.Random(3)
     summary = written(model, tokenizer, rows, monkeypatch, [f"选{rng.choice('ABCD')}" for _ in rows])
     low, high = summary["interval"]
@@ -565,7 +566,7 @@ def test_predictions_of_the_shipped_base_are_those_of_a_plain_loop(path):
 
     base = ROOT / "data" / "base"
     model, tokenizer, rows = load_model(base), load_tokenizer(base), read_questions(DATA / path).rows
-    rows = [row for row in rows[:: len(rows) // 20] if not row.several][:20]
+    rows = [row for row in rows[:: len(rows) // 20] if not row.multiple_answers][:20]
     asker = answers.Asker(tokenizer, raw=False)
     questions = answers.put_questions(asker, rows, [], EvalConfig(), model.config.max_seq_len, show_progress=False)
     expected = []

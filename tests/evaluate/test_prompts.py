@@ -9,7 +9,7 @@ from paths import FIXTURES, ROOT
 
 from minidoctor.batching import IGNORE
 from minidoctor.evaluate.prompts import PROMPTS, SUBJECTS, Asker, choose_prompt, choose_shots, compose, read_prompt
-from minidoctor.questions.rows import Row, conversation, multiple_choice
+from minidoctor.questions.rows import Row, conversation, format_multiple_choice
 from minidoctor.text.chat_formats import CHAT_FORMATS
 from minidoctor.text.tokenizer import load_tokenizer
 
@@ -19,18 +19,18 @@ MARKERS = sorted({name for form in CHAT_FORMATS.values() for name in form.needs 
 
 def question_of(id, question, options, answer="A", **more):
     options = dict(zip("ABCDEFG", options, strict=False))
-    messages = conversation(*multiple_choice(question, options, answer))
-    fields = {"topic": "", "language": "zh", "several": len(answer) > 1} | more
+    messages = conversation(*format_multiple_choice(question, options, answer))
+    fields = {"topic": "", "language": "zh", "multiple_answers": len(answer) > 1} | more
     return Row(id=id, messages=messages, question=question, options=options, answer=answer, **fields)
 
 
 DOCTOR = {"exam_type": "医师考试", "exam_class": "规培结业", "question_type": "单项选择题"}
 CMB = [
-    question_of("1", "痛风的关键检查是", ["尿酸", "心电图"], exam="cmb", about=DOCTOR),
+    question_of("1", "痛风的关键检查是", ["尿酸", "心电图"], exam="cmb", metadata=DOCTOR),
     question_of("2", "哮喘的症状有", ["喘息", "咳嗽", "脱发"], "AB", exam="cmb",
-                about=DOCTOR | {"question_type": "多项选择题"}),
-    question_of("3", "肺炎多见于", ["肺", "心"], exam="cmb", about={}),
-    question_of("4", "下列正确的是", ["甲类", "乙类", "丙类"], "BC", exam="cmb", about={"exam_type": "医师考试"}),
+                metadata=DOCTOR | {"question_type": "多项选择题"}),
+    question_of("3", "肺炎多见于", ["肺", "心"], exam="cmb", metadata={}),
+    question_of("4", "下列正确的是", ["甲类", "乙类", "丙类"], "BC", exam="cmb", metadata={"exam_type": "医师考试"}),
 ]  # fmt: skip
 CMEXAM = [
     question_of("val-0", "痛风的关键检查是", ["尿酸", "心电图", "肺功能"], exam="cmexam"),
@@ -137,7 +137,7 @@ def test_ones_own_questions_are_asked_as_in_training():
 
 @pytest.mark.parametrize("name", PROMPTS)
 def test_any_named_prompt_can_be_chosen_for_a_question_that_has_what_it_asks_for(name):
-    row = question_of("1", "痛风？", ["尿酸", "心电图"], exam="cmb", about=DOCTOR, topic="anatomy")
+    row = question_of("1", "痛风？", ["尿酸", "心电图"], exam="cmb", metadata=DOCTOR, topic="anatomy")
     assert choose_prompt(name, row) == PROMPTS[name]
     assert all(text in text_of(row, name) for text in ("痛风？", "尿酸", "心电图"))
     assert choose_prompt("auto", row) == PROMPTS["cmb"]
@@ -223,8 +223,8 @@ def test_braces_in_a_question_stay_what_they_are(name, odd):
     about = DOCTOR | {"exam_class": "EXAM"}
 
     def filled(mark):
-        row = question_of("1", f"Q{mark}?", [f"one{mark}", "two"], exam="cmb", topic=mark, about=about)
-        solved = question_of("2", f"S{mark}?", ["one", f"two{mark}"], exam="cmb", topic=mark, about=about)
+        row = question_of("1", f"Q{mark}?", [f"one{mark}", "two"], exam="cmb", topic=mark, metadata=about)
+        solved = question_of("2", f"S{mark}?", ["one", f"two{mark}"], exam="cmb", topic=mark, metadata=about)
         return [text_of(row, name), text_of(row, name, [solved])]
 
     assert filled(odd) == [text.replace("MARK", odd) for text in filled("MARK")]
@@ -262,7 +262,7 @@ def test_solved_questions_are_the_first_of_the_same_subject():
             if not shot.options or shot.answer == "" or shot.question == row.question:
                 continue
             of_any.append(shot)
-            same = all(shot.about.get(key) == row.about.get(key) for key in ("exam_type", "exam_class"))
+            same = all(shot.metadata.get(key) == row.metadata.get(key) for key in ("exam_type", "exam_class"))
             if same if row.exam == "cmb" and shot.exam == "cmb" else shot.topic == row.topic:
                 of_its_kind.append(shot)
         return (of_its_kind if of_its_kind else of_any)[:n]
@@ -271,7 +271,7 @@ def test_solved_questions_are_the_first_of_the_same_subject():
     for i in range(60):
         about = {"exam_type": rng.choice("MN"), "exam_class": rng.choice("XY"), "question_type": rng.choice("ST")}
         row = question_of(str(i), f"question {rng.randrange(40)}", "ab", rng.choice(["A", "B", ""]),
-                          exam="cmb", about=about, topic=rng.choice("PQ"))  # fmt: skip
+                          exam="cmb", metadata=about, topic=rng.choice("PQ"))  # fmt: skip
         rows["cmb"].append(row)
         topic = rng.choice(["anatomy", "genetics", "virology"])
         rows["cmmlu"].append(question_of(str(i), row.question, "ab", row.answer, exam="cmmlu", topic=topic))
@@ -338,8 +338,8 @@ def conftest_dir(tmp_path_factory, make_tokenizer):
     """conftest's tokenizer with the control tokens of every chat format."""
     directory = tmp_path_factory.mktemp("all")
     trained = make_tokenizer(control_symbols=[*MARKERS, "<reserved_106>", "<reserved_107>"])
-    (directory / "tokenizer.model").write_bytes(trained.pieces.processor.serialized_model_proto())
-    user, assistant = (trained.pieces.id_of(f"<reserved_{n}>") for n in (106, 107))
+    (directory / "tokenizer.model").write_bytes(trained.backend.processor.serialized_model_proto())
+    user, assistant = (trained.backend.token_to_id(f"<reserved_{n}>") for n in (106, 107))
     (directory / "generation_config.json").write_text(
         json.dumps({"user_token_id": user, "assistant_token_id": assistant}), encoding="utf-8"
     )
@@ -400,11 +400,11 @@ def test_a_letter_in_raw_text_is_written_as_people_write_it(tokenizer_dir):
 
 def test_a_space_that_is_a_token_of_its_own_belongs_to_the_prompt():
     tokenizer = load_tokenizer(TOKENIZER_FIXTURES / "sentencepiece", "mistral")
-    space, letters = tokenizer.pieces.id_of("▁"), [tokenizer.pieces.id_of(f"<0x{ord(letter):X}>") for letter in "ABCD"]
+    space, letters = tokenizer.backend.token_to_id("▁"), [tokenizer.backend.token_to_id(f"<0x{ord(letter):X}>") for letter in "ABCD"]
     asker = Asker(tokenizer, raw=False)
     assert asker.letters("x", [1, 2], list("ABCD")) == ([1, 2, space], [[i] for i in letters])
     # "▁G" is one piece: then nothing is common, and the others keep their space.
-    whole = tokenizer.pieces.id_of("▁G")
+    whole = tokenizer.backend.token_to_id("▁G")
     assert asker.letters("x", [1, 2], list("AG")) == ([1, 2], [[space, letters[0]], [whole]])
 
 

@@ -30,7 +30,7 @@ from minidoctor.evaluate.scoring import (
     shared_tokens,
 )
 from minidoctor.model import Model
-from minidoctor.questions.rows import Row, conversation, multiple_choice
+from minidoctor.questions.rows import Row, conversation, format_multiple_choice
 from minidoctor.text.tokenizer import encode_conversation, load_tokenizer
 
 TOKENIZER_FIXTURES = FIXTURES / "tokenizers"
@@ -52,10 +52,20 @@ def rows_of(sizes, seed):
             question, letters = f"{words(1, 15)} {i}?", "ABCDE"[: rng.randint(2, 5)]
             options = {letter: f"{words(1, 3)} {letter}" for letter in letters}
             right = "".join(sorted(rng.sample(letters, 2 if i % 3 == 0 else 1)))
-            messages = conversation(*multiple_choice(question, options, right))
+            messages = conversation(*format_multiple_choice(question, options, right))
             several = len(right) > 1
             rows.append(
-                Row(f"{topic}-{i}", messages, question, options, right, topic, "en", several=several, exam="cmmlu")
+                Row(
+                    f"{topic}-{i}",
+                    messages,
+                    question,
+                    options,
+                    right,
+                    topic,
+                    "en",
+                    multiple_answers=several,
+                    exam="cmmlu",
+                )
             )
     rng.shuffle(rows)
     return rows
@@ -176,7 +186,9 @@ def test_logits_equal_a_plain_loop_over_whole_prompts(config, adapter, raw, sett
     starts = [len(raw.tokens(one.head)) for one in questions]
     assert min(starts) > 100  # beyond the window, and beyond the original context
     expected = [plain_logits(model, raw, one) for one in questions]
-    decisions = [plain_decision(scores, one.row.several) for scores, one in zip(expected, questions, strict=True)]
+    decisions = [
+        plain_decision(scores, one.row.multiple_answers) for scores, one in zip(expected, questions, strict=True)
+    ]
     assert len(set(decisions)) > 5
     for batch_size in (1, 3, 16):
         ours = only("logits", by_logits(model, raw, questions, config_of(batch_size)), len(questions))

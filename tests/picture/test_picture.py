@@ -17,7 +17,7 @@ from minidoctor.model import adapter_state
 from minidoctor.picture import __main__ as picture
 from minidoctor.picture.statistics import Top1, top1_experts
 from minidoctor.picture.terminal import BACKGROUNDS, RoutedText
-from minidoctor.questions.rows import parse_row
+from minidoctor.questions.json_rows import parse_row
 
 ROWS = [
     {"question": "gout?", "answer": "A", "options": {"A": "uric acid", "B": "a cough"}, "topic": "joints"},

@@ -16,7 +16,7 @@ from minidoctor.picture.statistics import (
     shares,
     top1_experts,
 )
-from minidoctor.questions.rows import parse_row
+from minidoctor.questions.json_rows import parse_row
 
 ROWS = [
     parse_row({"question": "gout?", "answer": "uric acid in the joint", "topic": "a"}, "1"),

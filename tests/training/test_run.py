@@ -20,7 +20,7 @@ from minidoctor.checkpoints.hugging_face import load_model
 from minidoctor.config import AdapterConfig, TrainConfig
 from minidoctor.files.safetensors import read_tensors
 from minidoctor.model import adapter_state
-from minidoctor.questions.rows import explained
+from minidoctor.questions.rows import add_explanation
 from minidoctor.training import run as train
 from minidoctor.training.state import STATE, read_state
 
@@ -211,7 +211,7 @@ def test_a_benchmarks_file_is_learned_from_with_or_without_its_explanation(tmp_p
     assert ([row.answer for row in rows], tested, seen) == (["A", "B"], [], 0)
     assert rows[0].messages[0]["content"] == "痛风的关键检查是\nA. 尿酸\nB. 心电图"
     assert [row.messages[1]["content"] for row in rows] == ["A. 尿酸", "B. 呼吸科"]
-    assert [explained(row)[1]["content"] for row in rows] == ["A. 尿酸\n关节液中可见尿酸结晶", "B. 呼吸科"]
+    assert [add_explanation(row)[1]["content"] for row in rows] == ["A. 尿酸\n关节液中可见尿酸结晶", "B. 呼吸科"]
 
 
 def test_questions_that_stand_in_both_files_are_said_and_left_out_on_demand(tmp_path, rows_file, capsys):
