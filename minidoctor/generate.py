@@ -13,6 +13,10 @@ from minidoctor.config import TINY, SampleConfig, UserError
 from minidoctor.model import KVCache, Model
 
 
+class NonFiniteLogits(UserError):
+    """The logits contain NaN or infinity."""
+
+
 def filter_logits(logits: Tensor, config: SampleConfig) -> Tensor:
     """Return logits (B, V) after temperature, top-k and top-p, -inf for the tokens that are filtered out."""
     # Relative to the largest, so that a small temperature gives -inf and not inf.
@@ -78,6 +82,8 @@ def generate(
     hidden, _ = model.hidden(tokens, start + torch.arange(longest, device=device).expand_as(tokens), cache)
     logits = model.lm_head(hidden[torch.arange(len(prompts)), torch.tensor(positions) - start - 1])  # (B, V)
     while True:
+        if not logits.amax(-1).isfinite().all():  # the maximum is NaN if any logit is
+            raise NonFiniteLogits("the logits are not finite")
         next_tokens = sample_token(logits, config, generator)  # (B,)
         ids = next_tokens.tolist()
         running = [
