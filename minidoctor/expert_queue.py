@@ -57,6 +57,6 @@ class ExpertQueue(nn.Module):
         slots = (self.written.unsqueeze(-1) + torch.where(valid, count - 1 - offset, offset)) % capacity
         index = slots.unsqueeze(-1).expand(-1, -1, -1, z.shape[-1])  # (L, E, limit, Z)
         layers = torch.arange(len(z), device=z.device)[:, None, None]  # (L, 1, 1)
-        vectors = torch.where(valid.unsqueeze(-1), z[layers, tokens].float(), self.keys.gather(2, index))
+        vectors = torch.where(valid.unsqueeze(-1), z[layers, tokens].to(self.keys.dtype), self.keys.gather(2, index))
         self.keys.scatter_(2, index, vectors)  # (L, E, Q, Z)
         self.written += count.squeeze(-1)  # (L, E)

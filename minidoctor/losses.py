@@ -3,6 +3,8 @@
 total = lm + balance_weight * balance + contrast_weight * contrast
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -20,20 +22,29 @@ def language_model_loss(hidden: Tensor, head: Tensor, targets: Tensor, answer_po
     return chunked_cross_entropy(rows, head, targets.flatten().index_select(0, answer_positions))
 
 
-def load_balance_loss(probs: Tensor, expert_ids: Tensor, attention_mask: Tensor) -> Tensor:
+def load_balance_loss(
+    probs: Tensor,
+    expert_ids: Tensor,
+    attention_mask: Tensor,
+    all_reduce: Callable[[list[Tensor]], None] | None = None,
+) -> Tensor:
     """Return E * sum_e f_e p_e of one sublayer: 1 when all experts are used equally, E when one takes every token.
 
     probs (B, T, E), expert_ids (B, T, K), attention_mask (B, T) False on padding. f_e is the share of the K choices
     that fell on expert e, p_e its mean probability; the gradient flows through p_e. Computed per sublayer: the
-    concatenation of two collapsed sublayers can look balanced.
+    concatenation of two collapsed sublayers can look balanced. With several processes, `all_reduce` sums f over the
+    global batch, and the losses of the processes add up to its loss.
 
     https://arxiv.org/abs/2101.03961, eq. 4, with f_e divided by K.
     """
-    n_experts, mask = probs.shape[-1], attention_mask.unsqueeze(-1).float()  # (B, T, 1)
+    n_experts, mask = probs.shape[-1], attention_mask.unsqueeze(-1).to(probs.dtype)  # (B, T, 1)
     experts = torch.arange(n_experts, device=probs.device)  # (E,); F.one_hot would read the largest id back
-    chosen = (expert_ids.unsqueeze(-1) == experts).sum(-2).float()  # (B, T, E)
-    f = (chosen * mask).sum((0, 1)) / (mask.sum() * expert_ids.shape[-1])  # (E,)
-    p = (probs * mask).sum((0, 1)) / mask.sum()  # (E,)
+    chosen = (expert_ids.unsqueeze(-1) == experts).sum(-2).to(probs.dtype)  # (B, T, E)
+    counts, n_tokens = (chosen * mask).sum((0, 1)), mask.sum()  # (E,), ()
+    if all_reduce:
+        all_reduce([counts, n_tokens])
+    f = counts / (n_tokens * expert_ids.shape[-1])  # (E,)
+    p = (probs * mask).sum((0, 1)) / n_tokens  # (E,)
     return n_experts * (f * p).sum()
 
 

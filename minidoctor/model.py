@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from minidoctor.config import TARGETS, AdapterConfig, ModelConfig
 from minidoctor.lora import LoRAExperts
 from minidoctor.ops.linear import Linear
+from minidoctor.ops.precision import at_least_float32
 from minidoctor.router import Router, Routing
 
 
@@ -35,7 +36,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.weight * F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype)
+        return self.weight * F.rms_norm(at_least_float32(x), x.shape[-1:], eps=self.eps).to(x.dtype)
 
 
 def rotary_frequencies(config: ModelConfig, device: torch.device) -> Tensor:

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minidoctor.ops.precision import at_least_float32
+
 
 class Routing(NamedTuple):
     """The decision of one router for each token.
@@ -50,7 +52,7 @@ class Router(nn.Module):
 
     def forward(self, x: Tensor) -> Routing:
         """(B, T, D) -> Routing."""
-        z = F.normalize(F.linear(x.float(), self.projection), dim=-1)  # (B, T, Z)
+        z = F.normalize(F.linear(at_least_float32(x), self.projection), dim=-1)  # (B, T, Z)
         logits = self.scale * F.linear(z, F.normalize(self.embeddings, dim=-1))  # (B, T, E)
         top_logits, expert_ids = logits.topk(self.top_k, dim=-1)  # (B, T, K)
         gates = torch.zeros_like(logits).scatter(-1, expert_ids, top_logits.softmax(dim=-1))  # (B, T, E)

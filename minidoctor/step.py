@@ -68,7 +68,7 @@ def gather_routing(routings: list[Routing], positions: Tensor) -> tuple[Tensor, 
 
 
 class Losses(NamedTuple):
-    """The unweighted loss terms of one batch, and the routing of its anchors, which the queue receives after the step."""
+    """The unweighted loss terms of one batch, and the routing of its anchors, which are enqueued after the step."""
 
     terms: dict[str, Tensor]  # "lm", summed over the answer tokens; "balance" and "contrast", means over the sublayers
     routings: list[Routing]
@@ -83,6 +83,8 @@ def compute_losses(
     model: Model, batch: Batch, anchors: Tensor, queue: ExpertQueue | None, config: TrainConfig
 ) -> Losses:
     """Return the losses of a batch. `anchors` (n,) are the flattened positions of the tokens to be contrasted."""
+    device = model.lm_head.weight.device
+    batch, anchors = batch.to(device), anchors.to(device, non_blocking=True)
     hidden, routings = model.hidden(batch.tokens, recompute=config.recompute)  # (B, T, D), L routings
     terms = {"lm": language_model_loss(hidden, model.lm_head.weight, batch.targets, batch.answer_positions)}
     if not routings:
@@ -103,11 +105,13 @@ def train_step(
     step: int,
     config: TrainConfig,
     compute_losses: LossFunction = compute_losses,
+    all_reduce: Callable[[list[Tensor]], None] | None = None,
 ) -> StepMetrics:
     """Update the trainable parameters and the queue with one batch, given as micro-batches.
 
     The language-model gradient is that of the whole batch. Load balance and contrast are not sums over tokens, so
-    with several micro-batches they are means over these.
+    with several micro-batches they are means over these. With several processes, `compute_losses` returns each
+    process's share of the losses and `all_reduce` sums in place over the processes (training/parallel.py).
     """
     device = model.lm_head.weight.device
     # One generator per step: its draws do not depend on earlier steps, so no random state is saved.
@@ -122,7 +126,6 @@ def train_step(
     for batch in batches:
         n = min(len(batch.answer_positions), max(1, config.n_anchors // len(batches)))
         anchors = batch.answer_positions[rng.sample(range(len(batch.answer_positions)), n)]  # (n,)
-        batch, anchors = batch.to(device), anchors.to(device, non_blocking=True)
         losses = compute_losses(model, batch, anchors, queue, config)
         terms = {name: loss / divisors[name] for name, loss in losses.terms.items()}
         total = torch.stack([weights[name] * loss for name, loss in terms.items()]).sum()
@@ -132,7 +135,10 @@ def train_step(
         if losses.z is not None and losses.top1 is not None:
             anchor_routing.append((losses.z, losses.top1))
 
-    grad_norm = torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], config.clip)
+    parameters = optimizer.param_groups[0]["params"]
+    if all_reduce:
+        all_reduce([*(p.grad for p in parameters), *sums.values()])
+    grad_norm = torch.nn.utils.clip_grad_norm_(parameters, config.clip)
     optimizer.param_groups[0]["lr"] = lr = learning_rate(step, config)
     optimizer.step()
     optimizer.zero_grad()
