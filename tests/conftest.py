@@ -95,7 +95,7 @@ def base_dir(tmp_path_factory, config, tokenizer):
     """Not to be changed by a test: copy it first."""
     directory = tmp_path_factory.mktemp("base")
     save_model(random_model(config, seed=1), directory, dtype=torch.float32)
-    (directory / "tokenizer.model").write_bytes(tokenizer.pieces.processor.serialized_model_proto())
+    (directory / "tokenizer.model").write_bytes(tokenizer.backend.processor.serialized_model_proto())
     return directory
 
 

@@ -1,92 +1,101 @@
-"""Pieces of text as token ids: what a `tokenizer.model` (SentencePiece) or a `tokenizer.json` says about text alone.
+"""Tokenizer backends: text as ids of a `tokenizer.model` (SentencePiece) or a `tokenizer.json`, and back.
 
-Control tokens are not found here, whatever a text looks like: `"</s>"` becomes the pieces of these four
-characters. `tokenizer.py` places them.
+Special tokens are never matched in text: `"</s>"` is encoded as these four characters. tokenizer.py places special
+tokens by id.
 """
 
 import json
+import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import sentencepiece
 
-from minidoctor.config import UserError
+from minidoctor.config import UserError, check
 from minidoctor.files.json_files import read_bytes, read_object
 
-CONTROL, USER_DEFINED = 3, 4  # types of a piece in a SentencePiece model
-MARKER = r"<.+>|\[.+\]"  # what looks like a control token is treated as one, whatever its type
-# Where a text stands decides whether it gets a space in front: at the very start, after a control token, or
-# after other text. The names of the three ways are those of the package `tokenizers`.
+CONTROL, USER_DEFINED = 3, 4  # types of a piece in sentencepiece_model.proto
+ADD_DUMMY_PREFIX = bytes([3 << 3 | 2, 2, 3 << 3])  # protobuf: normalizer_spec (field 3), add_dummy_prefix (field 3)
+MARKER = r"<.+>|\[.+\]"  # tokens like these are treated as special, regardless of their type
+# The position of a text decides if a space is prepended to it: at the very start, after a special token, or after
+# other text. The three schemes are those of Metaspace in the package `tokenizers`.
 START, SECTION, INSIDE = "start", "section", "inside"
-SPACED: dict[str, tuple[str, ...]] = {"always": (START, SECTION), "first": (START,), "never": ()}
+PREPEND_SCHEMES: dict[str, tuple[str, ...]] = {"always": (START, SECTION), "first": (START,), "never": ()}
+# How to turn the prepended space off in the steps of a tokenizer.json that can add one.
+WITHOUT_SPACE: dict[str, dict[str, Any]] = {
+    "Metaspace": {"prepend_scheme": "never", "add_prefix_space": False},
+    "ByteLevel": {"add_prefix_space": False},
+    "Prepend": {"prepend": ""},
+}
 
 
-class Added(NamedTuple):
-    """A token that is no piece of text, or was added to the vocabulary later."""
+class AddedToken(NamedTuple):
+    """A special token, or a word that was added to the vocabulary later."""
 
-    name: str
+    content: str
     id: int
-    special: bool  # decodes to nothing
+    displayed: bool  # False: decoded to nothing
 
     @property
-    def control(self) -> bool:
-        return self.special or bool(re.fullmatch(MARKER, self.name, re.DOTALL))
+    def special(self) -> bool:
+        return not self.displayed or bool(re.fullmatch(MARKER, self.content, re.DOTALL))
 
 
-class SentencePieces:
-    """The text of a `tokenizer.model`, and the words that were added to it."""
+def match_any(names: Iterable[str]) -> re.Pattern[str]:
+    """Return a pattern for `re.split` that keeps the names, the longest where several match."""
+    return re.compile("(" + "|".join(map(re.escape, sorted(names, key=len, reverse=True))) + ")")
 
-    def __init__(self, path: Path, spaced: str | None, added: list[Added]):
+
+class SentencePieceBackend:
+    """A `tokenizer.model`, with the words that were added to its vocabulary."""
+
+    starts_with_bos = True
+
+    def __init__(self, path: Path, scheme: str | None, added: list[AddedToken]):
         try:
             model = markers_as_control(read_bytes(path))
-            # Field 3 (the normalizer) {3: add_dummy_prefix} once more: of two values the last counts.
+            # Of two values of a protobuf field the last counts, so appended bytes override the stored value.
             self.processor, with_space, without = (
-                sentencepiece.SentencePieceProcessor(model_proto=model + more)
-                for more in (b"", bytes([3 << 3 | 2, 2, 3 << 3, 1]), bytes([3 << 3 | 2, 2, 3 << 3, 0]))
+                sentencepiece.SentencePieceProcessor(model_proto=model + override)
+                for override in (b"", ADD_DUMMY_PREFIX + b"\1", ADD_DUMMY_PREFIX + b"\0")
             )
         except (RuntimeError, IndexError) as error:
             raise UserError(f"{path}: not a SentencePiece model ({error})") from None
-        if spaced is None:  # the model's own way
-            spaced = "never" if self.processor.encode("a") == without.encode("a") else "always"
-        self.at = {place: with_space if place in SPACED[spaced] else without for place in (START, SECTION, INSIDE)}
+        if scheme is None:  # as stored in the model
+            scheme = "never" if self.processor.encode("a") == without.encode("a") else "always"
+        self.at = {p: with_space if p in PREPEND_SCHEMES[scheme] else without for p in (START, SECTION, INSIDE)}
         self.n_pieces: int = self.processor.vocab_size()
         self.unk_id: int | None = self.processor.unk_id()
         self.bos_id, self.eos_id = (i if i >= 0 else None for i in (self.processor.bos_id(), self.processor.eos_id()))
-        self.starts_with_bos = True
-        own = [
-            Added(self.processor.id_to_piece(i), i, True) for i in range(self.n_pieces) if self.processor.IsControl(i)
-        ]
-        self.added = own + added
-        self.words = {token.name: token.id for token in added if not token.control}
-        self.word_of = {i: name for name, i in self.words.items()}
+        control = filter(self.processor.is_control, range(self.n_pieces))
+        self.added = [AddedToken(self.processor.id_to_piece(i), i, displayed=False) for i in control] + added
+        self.words = {token.content: token.id for token in added if not token.special}
+        self.word = match_any(self.words)
         self.size = max([self.n_pieces, *(i + 1 for i in self.words.values())])
-        self.word = re.compile("(" + "|".join(map(re.escape, sorted(self.words, key=len, reverse=True))) + ")")
 
-    def encode(self, text: str, place: str) -> list[int]:
+    def encode(self, text: str, position: str) -> list[int]:
         if not self.words:
-            return self.at[place].encode(text)
+            return self.at[position].encode(text)
         ids: list[int] = []
         for i, part in enumerate(self.word.split(text)):
-            ids += [self.words[part]] if i % 2 else self.at[SECTION if i else place].encode(part)
+            ids += [self.words[part]] if i % 2 else self.at[SECTION if i else position].encode(part)
         return ids
 
-    def decode(self, ids: list[int]) -> str:
-        text, run, place = "", list[int](), START
-        for i in ids:
-            if i in self.word_of:
-                text, run, place = text + self.at[place].decode(run) + self.word_of[i], [], SECTION
-            elif i < self.n_pieces:
-                run.append(i)
-        return text + self.at[place].decode(run)
+    def decode(self, ids: list[int], position: str = START) -> str:
+        return self.at[position].decode([i for i in ids if i < self.n_pieces])
 
-    def id_of(self, name: str) -> int | None:
-        found = self.processor.piece_to_id(name)
-        return None if found == self.unk_id and name != self.processor.id_to_piece(found) else found
+    def token_to_id(self, token: str) -> int | None:
+        i = self.processor.piece_to_id(token)
+        return None if i == self.unk_id and token != self.processor.id_to_piece(i) else i
 
 
-class JsonPieces:
-    """The text of a `tokenizer.json`, read by the optional package `tokenizers`."""
+class JsonBackend:
+    """A `tokenizer.json`, read by the optional package `tokenizers`, which also encodes and decodes added words."""
+
+    bos_id = eos_id = None  # stored in tokenizer_config.json only
+    words: dict[str, int] = {}  # noqa: RUF012
 
     def __init__(self, path: Path):
         try:
@@ -96,38 +105,61 @@ class JsonPieces:
         content = read_object(path)
         try:
             tokens = content.get("added_tokens") or []
-            self.added = [Added(token["content"], token["id"], token["special"]) for token in tokens]
-            # What is special stays text below. (Taken out of the list, the words that stay would get other ids.)
-            content["added_tokens"] = [t | {"special": a.control} for t, a in zip(tokens, self.added, strict=True)]
+            self.added = [AddedToken(token["content"], token["id"], not token["special"]) for token in tokens]
+            # Marked as special, tokens are not matched in text. Removed from the list, they would change other ids.
+            content["added_tokens"] = [t | {"special": a.special} for t, a in zip(tokens, self.added, strict=True)]
             self.starts_with_bos = starts_with_special(content)
-            # How whole batches are cut, filled up and framed is none of this file's business.
+            # Truncation, padding and templates are for batches of texts.
             content |= {"truncation": None, "padding": None, "post_processor": None}
             self.reader = without = Reader.from_str(json.dumps(content))
-            if (spaced := spacing(content)) != "never":
+            scheme = prepend_scheme(content)
+            if scheme != "never":
                 without = Reader.from_str(json.dumps(without_space(content)))
+            self.at = {p: self.reader if p in PREPEND_SCHEMES[scheme] else without for p in (START, SECTION, INSIDE)}
             self.reader.encode_special_tokens = without.encode_special_tokens = True
-            self.reader.encode("a")  # what is damaged may show only now
+            self.reader.encode("a")  # some damage shows only here
+            self.size = 1 + max(self.reader.get_vocab().values(), default=-1)
+            self.unk_id: int | None = self.reader.token_to_id(content["model"].get("unk_token") or "")
         except (KeyboardInterrupt, SystemExit):
             raise
-        except BaseException as error:  # the package raises nothing more particular, and panics beside Exception
+        except BaseException as error:  # the package raises plain Exception, and panics that are not even that
             raise UserError(f"{path}: not a tokenizer ({error!s:.200})") from None
-        self.at = {place: self.reader if place in SPACED[spaced] else without for place in (START, SECTION, INSIDE)}
-        self.size = 1 + max(self.reader.get_vocab().values(), default=-1)
-        self.unk_id: int | None = self.reader.token_to_id(content["model"].get("unk_token") or "")
-        self.bos_id = self.eos_id = None  # this file does not say which they are
 
-    def encode(self, text: str, place: str) -> list[int]:
-        return self.at[place].encode(text, add_special_tokens=False).ids
+    def encode(self, text: str, position: str) -> list[int]:
+        return self.at[position].encode(text, add_special_tokens=False).ids
 
-    def decode(self, ids: list[int]) -> str:
+    def decode(self, ids: list[int], position: str = START) -> str:
         return self.reader.decode(ids, skip_special_tokens=False)
 
-    def id_of(self, name: str) -> int | None:
-        return self.reader.token_to_id(name)
+    def token_to_id(self, token: str) -> int | None:
+        return self.reader.token_to_id(token)
+
+
+Backend = SentencePieceBackend | JsonBackend
+
+
+def load_backend(directory: Path, scheme: str | None, added: list[AddedToken]) -> tuple[Backend, str]:
+    """Return the backend and a note about its file: tokenizer.model if possible, because it needs no other package.
+
+    `scheme` and the added tokens are for tokenizer.model, which does not contain them.
+    """
+    model, content = directory / "tokenizer.model", directory / "tokenizer.json"
+    has_model, has_content = os.path.lexists(model), os.path.lexists(content)
+    if not has_model and not has_content:
+        raise FileNotFoundError(f"{directory}: no tokenizer.model or tokenizer.json here")
+    if has_model and is_tiktoken(model):
+        check(has_content, f"{model}: a tiktoken vocabulary, which can be read from a tokenizer.json only")
+        return JsonBackend(content), f"{content.name} ({model.name} is a tiktoken vocabulary)"
+    if not has_model:
+        return JsonBackend(content), content.name
+    if not has_content:
+        return SentencePieceBackend(model, scheme, added), model.name
+    backend = SentencePieceBackend(model, prepend_scheme(read_object(content)), added)  # spaces as in other programs
+    return backend, f"{model.name} (not {content.name}, which needs one more package)"
 
 
 def starts_with_special(content: dict[str, Any]) -> bool:
-    """Whether a tokenizer.json puts a control token in front of every text."""
+    """Return True if a tokenizer.json prepends a special token to every text."""
     step = content.get("post_processor") or {}
     for part in step.get("processors", [step]):
         if part.get("type") == "TemplateProcessing":
@@ -135,8 +167,17 @@ def starts_with_special(content: dict[str, Any]) -> bool:
     return False
 
 
-def spacing(content: dict[str, Any]) -> str:
-    """Where a tokenizer.json puts a space in front of a text: a key of `SPACED`."""
+def steps(content: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the normalizers and pre-tokenizers of a tokenizer.json in the order in which they run."""
+    result: list[dict[str, Any]] = []
+    for key, sequence in (("normalizer", "normalizers"), ("pre_tokenizer", "pretokenizers")):
+        step = content.get(key) or {sequence: []}
+        result += step.get(sequence, [step])
+    return result
+
+
+def prepend_scheme(content: dict[str, Any]) -> str:
+    """Return the key of PREPEND_SCHEMES that a tokenizer.json follows."""
     for step in steps(content):
         if step["type"] == "Metaspace":
             return step.get("prepend_scheme") or ("always" if step.get("add_prefix_space", True) else "never")
@@ -146,41 +187,32 @@ def spacing(content: dict[str, Any]) -> str:
 
 
 def without_space(content: dict[str, Any]) -> dict[str, Any]:
-    """A copy of a tokenizer.json that puts none."""
+    """Return a copy of a tokenizer.json that prepends no space."""
     copy = json.loads(json.dumps(content))
     for step in steps(copy):
-        changes: dict[str, dict[str, Any]] = {
-            "Metaspace": {"prepend_scheme": "never", "add_prefix_space": False},
-            "ByteLevel": {"add_prefix_space": False},
-            "Prepend": {"prepend": ""},
-        }
-        step |= changes.get(step["type"], {})
+        step |= WITHOUT_SPACE.get(step["type"], {})
     return copy
 
 
-def steps(content: dict[str, Any]) -> list[dict[str, Any]]:
-    """What a tokenizer.json does to a text before it is cut into pieces, in order."""
-    found: list[dict[str, Any]] = []
-    for key, parts in (("normalizer", "normalizers"), ("pre_tokenizer", "pretokenizers")):
-        step = content.get(key) or {"type": parts, parts: []}
-        found += step.get(parts, [step])
-    return found
+def is_tiktoken(path: Path) -> bool:
+    """Return True for the text format of tiktoken, a token in base64 and its rank per line, often also .model."""
+    return bool(re.match(rb"[A-Za-z0-9+/]+=* \d+\s", read_bytes(path)))
 
 
 def markers_as_control(model: bytes) -> bytes:
-    """The SentencePiece model with user-defined pieces like "<eoh>" or "[INST]" made control pieces.
+    """Return a SentencePiece model with user-defined pieces like "<eoh>" or "[INST]" changed to control pieces.
 
-    A user-defined piece is matched wherever its letters stand in a text; a control piece never is. The model is
-    a protobuf message: field 1 repeats {1: piece, 2: score, 3: type}.
+    SentencePiece matches user-defined pieces anywhere in a text, and control pieces never. The model is a protobuf
+    message in which field 1 repeats {1: piece, 2: score, 3: type}.
     """
     changed, at = bytearray(model), 0
     while at < len(model):
         key, at = read_varint(model, at)
         end = at
-        if key & 7 == 2:  # bytes with their length
+        if key & 7 == 2:  # length-delimited
             length, at = read_varint(model, at)
             end = at + length
-            # All of a piece that its library writes: its text, a score of 4 bytes and, if not the usual one, the type.
+            # The library writes the piece, a score of 4 bytes and, unless it is NORMAL, the type as the last 2 bytes.
             if key == 1 << 3 | 2 and model[end - 2 : end] == bytes([3 << 3, USER_DEFINED]):
                 size, start = read_varint(model, at + 1)
                 if re.fullmatch(MARKER.encode(), model[start : start + size], re.DOTALL):
@@ -194,10 +226,10 @@ def markers_as_control(model: bytes) -> bytes:
 
 
 def read_varint(data: bytes, at: int) -> tuple[int, int]:
-    """A protobuf integer, seven bits a byte, lowest first, and where it ends."""
+    """Return a protobuf integer, stored as 7 bits per byte with the lowest first, and the index of its end."""
     value = 0
-    for place in range(10):  # no integer has more
-        value |= (data[at + place] & 0x7F) << 7 * place
-        if data[at + place] < 0x80:
-            return value, at + place + 1
+    for i in range(10):  # the maximum length
+        value |= (data[at + i] & 0x7F) << 7 * i
+        if data[at + i] < 0x80:
+            return value, at + i + 1
     raise IndexError("an integer without an end")

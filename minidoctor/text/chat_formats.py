@@ -1,13 +1,13 @@
-"""Chat formats: how a conversation is written as one text with control tokens, for the families of open checkpoints.
+"""Chat formats: conversations as text with special tokens, for the families of open checkpoints.
 
-A checkpoint was trained on one format and answers badly in any other. Its `chat_template` is a program; this is
-instead a table of the formats that people use, and a look at the template to see which of them it is:
+A checkpoint was trained in one format and answers badly in any other. Its `chat_template` is a Jinja program. This
+file has a table of the common formats instead, and recognizes a checkpoint's format by marks in its template:
 
     <|im_start|>user\n What is gout? <|im_end|>\n <|im_start|>assistant\n   Gout is ... <|im_end|>   \n
-    `------------------ not learned -----------------------------------'   `----- learned -----'  `not'
+    `------------------ prompt: no loss --------------------------------'  `------ loss --------'  `no loss'
 
-In a format "{}" stands for a message, "{bos}" and "{eos}" for the tokenizer's own, "{user}" and "{assistant}" for
-the two that Baichuan's generation_config.json gives by number.
+In a format, "{}" is the message, "{bos}" and "{eos}" are the tokenizer's start and end tokens, and "{user}" and
+"{assistant}" are the two tokens that Baichuan's generation_config.json gives by id.
 """
 
 import re
@@ -15,28 +15,29 @@ from collections.abc import Collection, Iterable
 from typing import NamedTuple
 
 from minidoctor.config import UserError
+from minidoctor.text.backends import match_any
 
 
 class ChatFormat(NamedTuple):
     user: str
-    opening: str  # of the assistant's turn: here a prompt ends and the model goes on
+    generation_prompt: str  # opens the assistant's turn
     system: str
     answer: str = "{}"
-    end: str = "{eos}"  # the token that ends the answer, learned with it
-    after: str = ""  # follows the answer, not learned
+    end: str = "{eos}"  # the token that ends the answer, trained with it
+    after: str = ""  # follows the answer, without loss
     start: str = "{bos}"
-    past_opening: str | None = None  # `opening` and `end` of earlier answers, if not those of the last
+    past_generation_prompt: str | None = None  # with earlier answers, where it differs from the last one's
     past_end: str | None = None
-    default_system: str | None = None  # what stands there when a conversation has no system message
-    system_inside: str = ""  # "first" or "last": the user's message that it is put in front of, no turn of its own
+    default_system: str | None = None  # the message of a conversation without a system message
+    system_in_user: str = ""  # "first" or "last": the user message that includes the system message
     strip: bool = False  # messages lose the white space around them
-    needs: tuple[str, ...] = ()  # control tokens without which a conversation cannot be told from text
+    needs: tuple[str, ...] = ()  # special tokens without which the markup would be plain text
 
 
 CHATML = ChatFormat(
     system="<|im_start|>system\n{}<|im_end|>\n",
     user="<|im_start|>user\n{}<|im_end|>\n",
-    opening="<|im_start|>assistant\n",
+    generation_prompt="<|im_start|>assistant\n",
     end="<|im_end|>",
     after="\n",
     start="",
@@ -45,84 +46,74 @@ CHATML = ChatFormat(
 LLAMA3 = ChatFormat(
     system="<|start_header_id|>system<|end_header_id|>\n\n{}<|eot_id|>",
     user="<|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|>",
-    opening="<|start_header_id|>assistant<|end_header_id|>\n\n",
+    generation_prompt="<|start_header_id|>assistant<|end_header_id|>\n\n",
     end="<|eot_id|>",
     strip=True,
     needs=("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
 )
 MISTRAL = ChatFormat(
-    system="{}\n\n", system_inside="first", user=" [INST] {} [/INST]", opening="", answer=" {}"
+    system="{}\n\n", system_in_user="first", user=" [INST] {} [/INST]", generation_prompt="", answer=" {}"
 )  # fmt: skip
 CHAT_FORMATS = {
     "minidoctor": ChatFormat(
-        system="<|system|>{}",
-        user="<|user|>{}",
-        opening="<|assistant|>",
+        system="<|system|>{}", user="<|user|>{}", generation_prompt="<|assistant|>",
         needs=("<|system|>", "<|user|>", "<|assistant|>"),
     ),
-    "plain": ChatFormat(system="{}\n", user="{}\n", opening=""),  # for a base that has seen no conversation
+    "plain": ChatFormat(system="{}\n", user="{}\n", generation_prompt=""),  # for a base trained on no conversation
     "chatml": CHATML,
-    # With thinking off: the model is told that it has thought already.
+    # With thinking turned off, the last answer follows an empty thinking block.
     "qwen3": CHATML._replace(
-        opening=CHATML.opening + "<think>\n\n</think>\n\n",
-        past_opening=CHATML.opening,
+        generation_prompt=CHATML.generation_prompt + "<think>\n\n</think>\n\n",
+        past_generation_prompt=CHATML.generation_prompt,
         needs=(*CHATML.needs, "<think>", "</think>"),
     ),
     "llama2": ChatFormat(
-        system="<<SYS>>\n{}\n<</SYS>>\n\n",
-        system_inside="first",
-        user="{bos}[INST] {} [/INST]",
-        opening="",
-        answer=" {} ",
-        start="",
-        strip=True,
+        system="<<SYS>>\n{}\n<</SYS>>\n\n", system_in_user="first", user="{bos}[INST] {} [/INST]",
+        generation_prompt="", answer=" {} ", start="", strip=True,
     ),
     "llama3": LLAMA3,
-    # From 3.1 on the two dates stand in front of every system message, also of none.
+    # From 3.1 on the two dates precede every system message, also an empty one.
     "llama3.1": LLAMA3._replace(
         system=LLAMA3.system.replace("{}", "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n{}"),
         default_system="",
     ),
     "mistral": MISTRAL,
-    # As the first revisions of its versions 0.1 and 0.2 had it.
+    # As in the first revisions of versions 0.1 and 0.2.
     "mistral-v1": MISTRAL._replace(user="[INST] {} [/INST]", answer="{}"),
     # Version 0.3, where [INST] is one token.
-    "mistral-v3": MISTRAL._replace(user="[INST] {}[/INST]", system_inside="last", needs=("[INST]", "[/INST]")),
+    "mistral-v3": MISTRAL._replace(user="[INST] {}[/INST]", system_in_user="last", needs=("[INST]", "[/INST]")),
     "baichuan": ChatFormat(
-        system="{}", user="{user}{}", opening="{assistant}", past_end="", start="", needs=("{user}", "{assistant}")
+        system="{}", user="{user}{}", generation_prompt="{assistant}", past_end="", start="",
+        needs=("{user}", "{assistant}"),
     ),
     # HuatuoGPT-II, which has no chat_template: https://github.com/FreedomIntelligence/HuatuoGPT-II, cli_demo.py
     "huatuo": ChatFormat(
-        system="{}\n", user="<问>：{}\n", opening="<答>：", past_end="", after="\n", start=""
+        system="{}\n", user="<问>：{}\n", generation_prompt="<答>：", past_end="", after="\n", start=""
     ),
     "zephyr": ChatFormat(
-        system="<|system|>\n{}{eos}\n",
-        user="<|user|>\n{}{eos}\n",
-        opening="<|assistant|>\n",
-        after="\n",
-        start="",
+        system="<|system|>\n{}{eos}\n", user="<|user|>\n{}{eos}\n", generation_prompt="<|assistant|>\n",
+        after="\n", start="",
     ),
 }  # fmt: skip
 
 
 class Segment(NamedTuple):
     text: str
-    own: bool  # the assistant's words, or the token that ends them
-    control: bool  # `text` is the name of a control token
+    assistant: bool  # the assistant's answer or the token that ends it
+    special: bool  # `text` is the name of a special token
 
 
-def recognize(template: str, controls: Collection[str]) -> tuple[str, str] | None:
-    """The name of the format that a checkpoint speaks and what shows it; None if it is none of the table's."""
+def recognize(template: str, special_tokens: Collection[str]) -> tuple[str, str] | None:
+    """Return the name of a checkpoint's chat format and the reason, or None for a format that is not in the table."""
     if re.search(r"assistant(\\n|\n)<think>", template):
-        return None  # a model that always thinks before it answers
-    spaced_mistral = "mistral" if " [INST]" in template else "mistral-v1"
-    marks = (  # the most telling first
+        return None  # a reasoning model that always thinks before it answers
+    marks = (  # the most specific first
         ("<|start_header_id|>", "Cutting Knowledge Date", "llama3.1"),
         ("<|start_header_id|>", "", "llama3"),
         ("<|im_start|>", "enable_thinking", "qwen3"),
         ("<|im_start|>", "", "chatml"),
         ("<<SYS>>", "[INST]", "llama2"),
-        ("[INST] ", " [/INST]", spaced_mistral),
+        ("[INST] ", " [/INST]", "mistral" if " [INST]" in template else "mistral-v1"),
         ("[INST] ", "[/INST]", "mistral-v3"),
     )
     for first, second, name in marks:
@@ -132,67 +123,66 @@ def recognize(template: str, controls: Collection[str]) -> tuple[str, str] | Non
         return "zephyr", "its chat_template has <|user|>"
     if template:
         return None
-    for name, shown in (("minidoctor", "the tokens <|user|>, <|assistant|>"), ("baichuan", "user_token_id")):
-        if set(CHAT_FORMATS[name].needs) <= set(controls):
-            return name, f"it has {shown}"
+    for name, reason in (("minidoctor", "the tokens <|user|>, <|assistant|>"), ("baichuan", "user_token_id")):
+        if set(CHAT_FORMATS[name].needs) <= set(special_tokens):
+            return name, f"it has {reason}"
     return "plain", "it has no chat_template"
 
 
-def adapt(name: str, template: str) -> ChatFormat:
-    """The format with what a ChatML template says of its own: a system message where there is none, bos in front."""
-    form = CHAT_FORMATS[name]
-    if not form.opening.startswith("<|im_start|>"):
-        return form
-    return form._replace(start="{bos}" if "bos_token" in template else "", default_system=default_system(template))
+def adapt(format: ChatFormat, template: str) -> ChatFormat:
+    """Return a ChatML format with the default system message and the start token of a checkpoint's template."""
+    if not format.generation_prompt.startswith("<|im_start|>"):
+        return format
+    system = re.search(r"<\|im_start\|>system(?:\\n|\n)([^<>{}'\"]+)<\|im_end\|>", template)
+    return format._replace(start="{bos}" if "bos_token" in template else "", default_system=system and system[1])
 
 
-def default_system(template: str) -> str | None:
-    found = re.search(r"<\|im_start\|>system(?:\\n|\n)([^<>{}'\"]+)<\|im_end\|>", template)
-    return found[1] if found else None
+def render(messages: list[dict[str, str]], format: ChatFormat, special_tokens: Iterable[str]) -> list[Segment]:
+    """Split a conversation into segments of text and special tokens, to be encoded one by one.
 
-
-def layout(messages: list[dict[str, str]], form: ChatFormat, controls: Iterable[str]) -> list[Segment]:
-    """The conversation in pieces, texts and control tokens, ready to be encoded one by one.
-
-    Only the format's own markup is searched for control tokens, never a message. Ends with the opening of the
-    assistant's turn when the last message is not the assistant's. Raises ValueError if nothing was asked.
+    Special tokens are recognized in the markup of the format only, never in a message. A conversation without a last
+    answer ends with the generation prompt. Raises UserError if there is no user message.
     """
-    asked = [i for i, message in enumerate(messages) if message["role"] == "user"]
-    if not asked:
-        raise UserError("a conversation needs a message of the user's")
-    special = re.compile("(" + "|".join(map(re.escape, sorted(controls, key=len, reverse=True))) + ")")
-    pieces: list[Segment] = []
+    users = [i for i, message in enumerate(messages) if message["role"] == "user"]
+    if not users:
+        raise UserError("a conversation needs a user message")
+    pattern = match_any(special_tokens)
+    segments: list[Segment] = []
 
-    def add(text: str, own: bool = False, control: bool = False) -> None:
-        if pieces and not control and pieces[-1][1:] == (own, False):  # one text, encoded as one
-            text = pieces.pop().text + text
+    def add(text: str, assistant: bool, special: bool = False) -> None:
+        if segments and not special and segments[-1][1:] == (assistant, False):
+            text = segments.pop().text + text  # neighbouring text is encoded as one
         if text:
-            pieces.append(Segment(text, own, control))
+            segments.append(Segment(text, assistant, special))
 
-    def write(markup: str, message: str = "", own: bool = False) -> None:
+    def write(markup: str, message: str = "", assistant: bool = False) -> None:
         before, _, after = markup.partition("{}")
         for part, text in ((before, message), (after, "")):
-            for i, bit in enumerate(special.split(part) if part else []):
-                add(bit, own, control=i % 2 == 1)
-            add(text, own)
+            for i, piece in enumerate(pattern.split(part)):
+                add(piece, assistant, special=i % 2 == 1)
+            add(text, assistant)
 
-    write(form.start)
-    if form.default_system is not None and messages[0]["role"] != "system":
-        write(form.system, form.default_system)
-    host = {"first": asked[0], "last": asked[-1]}.get(form.system_inside)  # of the system message
-    inside = "".join(form.system.replace("{}", m["content"]) for m in messages if m["role"] == "system")
+    write(format.start)
+    if format.default_system is not None and messages[0]["role"] != "system":
+        write(format.system, format.default_system)
+    host = {"first": users[0], "last": users[-1]}.get(format.system_in_user)
+    prefix = "".join(format.system.replace("{}", m["content"]) for m in messages if m["role"] == "system")
     for i, message in enumerate(messages):
-        content = message["content"].strip() if form.strip else message["content"]
+        content = message["content"].strip() if format.strip else message["content"]
         if message["role"] == "assistant":
-            past = i < asked[-1]
-            write(form.past_opening if past and form.past_opening is not None else form.opening)
-            write(form.answer, content, own=True)
-            write(form.past_end if past and form.past_end is not None else form.end, own=True)
-            write(form.after)
+            generation_prompt, end = format.generation_prompt, format.end
+            if i < users[-1] and format.past_generation_prompt is not None:
+                generation_prompt = format.past_generation_prompt
+            if i < users[-1] and format.past_end is not None:
+                end = format.past_end
+            write(generation_prompt)
+            write(format.answer, content, assistant=True)
+            write(end, assistant=True)
+            write(format.after)
         elif message["role"] == "user":
-            write(form.user, inside + content if i == host else content)
+            write(format.user, prefix + content if i == host else content)
         elif host is None:
-            write(form.system, content)
+            write(format.system, content)
     if messages[-1]["role"] != "assistant":
-        write(form.opening)
-    return pieces
+        write(format.generation_prompt)
+    return segments

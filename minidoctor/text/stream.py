@@ -1,46 +1,52 @@
-"""TODO"""
+"""Streaming: text from tokens as they are generated, in whole characters and safe to print."""
 
 from minidoctor.text.tokenizer import Tokenizer
 
-# U+FFFD stands for bytes that are no character (yet): the tail of one that comes in several tokens.
-INCOMPLETE = "\ufffd"
+INCOMPLETE = "\ufffd"  # decoded from the first bytes of a character whose other bytes are in later tokens
+CONTEXT = 16  # tokens that are decoded again together with later ones
 
 
 class TextStream:
-    """Decodes tokens as they come and gives out whole characters only."""
+    """An incremental decoder: the chunks and the rest together are the decoded text of all tokens.
+
+    Each push decodes a bounded number of tokens. Earlier ones are dropped where this cannot change later text: if the
+    text is complete, ends with the text of the kept tokens, and no sequence of byte tokens is cut.
+    """
 
     def __init__(self, tokenizer: Tokenizer):
         self.tokenizer = tokenizer
-        self.ids: list[int] = []
-        self.given = 0  # characters
+        self.tail: list[int] = []
+        self.n_sent = 0  # characters of the decoded tail that were returned
+        self.incomplete = False  # True after the first bytes of a character
 
     def push(self, *ids: int) -> str:
-        """The text that these tokens complete, perhaps none."""
-        self.ids += ids
-        text = self.tokenizer.decode(self.ids)
-        whole = text.rstrip(INCOMPLETE)
-        new, self.given = whole[self.given :], max(self.given, len(whole))
-        return new
+        """Return the text that these tokens complete, which may be empty."""
+        self.tail += ids
+        text = self.tokenizer.decode(self.tail)
+        complete = text.rstrip(INCOMPLETE)
+        self.incomplete = complete != text
+        chunk, self.n_sent = complete[self.n_sent :], max(self.n_sent, len(complete))
+        kept = self.tail[-CONTEXT:]
+        if len(self.tail) >= 2 * CONTEXT and not self.incomplete and kept[0] not in self.tokenizer.byte_ids:
+            kept_text = self.tokenizer.decode(kept)
+            if kept_text and text.endswith(kept_text):
+                self.tail, self.n_sent = kept, len(kept_text)
+        return chunk
 
     def rest(self) -> str:
-        """What is left at the end, with a replacement character for each byte that never became one."""
-        return self.tokenizer.decode(self.ids)[self.given :]
+        """Return the text that was held back, with a replacement character for bytes that are not a character."""
+        return self.tokenizer.decode(self.tail)[self.n_sent :]
 
 
 def printable(text: str) -> str:
-    r"""Text that is safe to print: `"\x1b[2J"` becomes `"\\x1b[2J"`, so that it cannot command the terminal.
+    r"""Escape text that could control the terminal: `"\x1b[2J"` becomes `"\\x1b[2J"`.
 
-    Newline and tab stay. Also escaped are the marks that reverse the reading direction.
+    Newline and tab stay. The marks that reverse the reading direction are also escaped.
     """
     return "".join(c if c in "\n\t" or not is_control(c) else ascii(c)[1:-1] for c in text)
 
 
 def is_control(char: str) -> bool:
     code = ord(char)
-    return (
-        code < 0x20
-        or 0x7F <= code < 0xA0
-        or 0x2028 <= code <= 0x202E
-        or 0x2066 <= code <= 0x2069
-        or 0xD800 <= code < 0xE000
-    )
+    unicode_ranges = ((0, 0x1F), (0x7F, 0x9F), (0x2028, 0x202E), (0x2066, 0x2069), (0xD800, 0xDFFF))
+    return any(first <= code <= last for first, last in unicode_ranges)

@@ -1,150 +1,167 @@
-"""The tokenizer of a checkpoint: text to ids and back, control tokens, conversations.
+"""The tokenizer of a checkpoint: text to ids and back, special tokens and conversations.
 
-Text is only ever encoded as text: what a user types, or what stands in the data, never becomes a control
-token. Control tokens (`<s>`, `</s>`, `<|im_end|>`) are placed by id where the chat format has them, here and
-nowhere else:
+Text is always encoded as text: user input and data never become special tokens (`<s>`, `</s>`, `<|im_end|>`). These
+are placed by id, in this file only, at the positions that the chat format defines:
 
     <s> <|user|> What is ... ? <|assistant|> It is ... </s>
-        `------- not learned -------------' `- learned --'
+    `----------- no loss --------------------' `-- loss ----'
 """
 
+import os
 from pathlib import Path
 from typing import Any
 
 from minidoctor.batching import IGNORE, Example
-from minidoctor.config import LARGEST, UserError
-from minidoctor.files.json_files import read_bytes, read_object
-from minidoctor.text.backends import INSIDE, SECTION, START, Added, JsonPieces, SentencePieces, spacing
-from minidoctor.text.chat_formats import CHAT_FORMATS, ChatFormat, adapt, layout, recognize
+from minidoctor.config import LARGEST, UserError, check
+from minidoctor.files.json_files import read_object, read_text
+from minidoctor.text.backends import INSIDE, SECTION, START, AddedToken, Backend, load_backend
+from minidoctor.text.chat_formats import CHAT_FORMATS, ChatFormat, adapt, recognize, render
+
+SETTINGS = ("config.json", "generation_config.json", "special_tokens_map.json", "tokenizer_config.json")
 
 
 class Tokenizer:
-    """A checkpoint's text, its control tokens and its chat format."""
+    """A backend with the special tokens and the chat format of its checkpoint.
+
+    `special_tokens` maps names to ids, with "{bos}" and the other names of chat_formats.py. `start` precedes every
+    text outside a chat. `note` reports which file and which chat format are used, and why.
+    """
 
     def __init__(
         self,
-        pieces: SentencePieces | JsonPieces,
-        controls: dict[str, int],
+        backend: Backend,
+        special_tokens: dict[str, int],
         start: list[int],
         eos_ids: list[int],
         chat_format: str | None,
-        form: ChatFormat | None,
+        format: ChatFormat | None,
         note: str,
     ):
-        self.pieces, self.start, self.chat_format, self.format = pieces, start, chat_format, form
-        self.note = note  # for people: which file and which chat format, and why
-        self.bos_id = controls.get("{bos}")
-        end = [controls[form.end]] if form and form.end in controls else []
+        self.backend, self.special_tokens, self.start = backend, special_tokens, start
+        self.chat_format, self.format, self.note = chat_format, format, note
+        self.bos_id = special_tokens.get("{bos}")
+        end = [special_tokens[format.end]] if format and format.end in special_tokens else []
         self.eos_ids = tuple(dict.fromkeys(end + eos_ids))
-        self.controls = controls
-        # Backwards, so that "<s>" and not "{bos}" is the name that stays.
-        self.names = {i: pieces.decode([i]) or name for name, i in reversed(controls.items()) if i != pieces.unk_id}
-        self.shown = {token.id for token in pieces.added if token.control and not token.special}
-        used = [controls[name] for name in (form.needs if form else ())]
-        self.vocab_size = max([pieces.size, *(i + 1 for i in (*used, *start, *self.eos_ids))])
+        # In reverse, so that the name is "<s>" and not "{bos}".
+        names = {i: name for name, i in reversed(special_tokens.items()) if i != backend.unk_id}
+        self.names = {i: backend.decode([i]) or name for i, name in names.items()}
+        self.displayed = {i: name for name, i in backend.words.items()}
+        self.displayed |= {t.id: self.names[t.id] for t in backend.added if t.special and t.displayed}
+        self.byte_ids = {backend.token_to_id(f"<0x{byte:02X}>") for byte in range(256)}
+        # Ids that only end an answer need no row in the model: it can never generate them.
+        markup = "".join(part for part in format or () if isinstance(part, str))
+        used = [i for name, i in special_tokens.items() if name in markup and name.startswith("{")]
+        used += [special_tokens[name] for name in (format.needs if format else ())]
+        self.vocab_size = max([backend.size, *(i + 1 for i in used + start)])
 
-    def encode(self, text: str, place: str = START) -> list[int]:
-        """Ids of the text alone: `"</s>"` becomes the pieces of these four characters."""
-        # A surrogate is half a character, which UTF-8 cannot hold.
-        ids = self.pieces.encode(text.encode("utf-8", "replace").decode("utf-8"), place)
+    def encode(self, text: str, position: str = START) -> list[int]:
+        """Encode text without special tokens: `"</s>"` becomes the tokens of these four characters."""
+        # UTF-8 cannot represent a lone surrogate.
+        ids = self.backend.encode(text.encode("utf-8", "replace").decode("utf-8"), position)
         if self.names.keys().isdisjoint(ids):
             return ids
-        # Some vocabularies have a control token among the pieces of text: then letter by letter.
-        return [k for i in ids for k in (self.spelled(i) if i in self.names else [i])]
+        # Some vocabularies have a special token among their pieces of text. Its characters are encoded one by one.
+        return [k for i in ids for k in (self.encode_letters(self.names[i]) if i in self.names else [i])]
 
-    def spelled(self, control: int) -> list[int]:
-        return [i for letter in self.names[control] for i in self.pieces.encode(letter, INSIDE)]
+    def encode_letters(self, text: str) -> list[int]:
+        return [i for letter in text for i in self.backend.encode(letter, INSIDE)]
 
     def decode(self, ids: list[int]) -> str:
-        """Control tokens decode to nothing, and so do ids that a model has rows for and the tokenizer has not."""
-        text, run = "", list[int]()
+        """Decode text. Special tokens and ids that are not in the vocabulary decode to nothing."""
+        text, run, position = "", list[int](), START
         for i in ids:
-            if i in self.shown:
-                text, run = text + self.pieces.decode(run) + self.names[i], []
-            elif i < self.pieces.size and i not in self.names:
+            if i in self.displayed:
+                text, run, position = text + self.backend.decode(run, position) + self.displayed[i], [], SECTION
+            elif i < self.backend.size and i not in self.names:
                 run.append(i)
-        return text + self.pieces.decode(run)
+        return text + self.backend.decode(run, position)
 
     def chat_turns(self, messages: list[dict[str, str]]) -> list[tuple[list[int], bool]]:
-        """The conversation in pieces: token ids, and whether they are the assistant's own words.
+        """Encode a conversation as segments: token ids, and True for those of the assistant, which are trained.
 
-        Ends with the opening of the assistant's turn when the last message is not the assistant's. Raises
-        ValueError if the checkpoint's chat format is not known.
+        Without an answer at the end, the last segment is the generation prompt. Raises UserError if the chat format
+        is unknown.
         """
         if not self.format:
             raise UserError(self.note)
-        turns, place = [], START
-        for text, own, control in layout(messages, self.format, {*self.controls, "{bos}", "{eos}"}):
-            ids = self.encode(text, place) if not control else [i for i in [self.controls.get(text)] if i is not None]
-            turns.append((ids, own))
-            place = SECTION if control else INSIDE
+        turns, position = [], START
+        for text, assistant, special in render(messages, self.format, {*self.special_tokens, "{bos}", "{eos}"}):
+            if special:
+                turns.append(([self.special_tokens[text]] if text in self.special_tokens else [], assistant))
+            else:
+                turns.append((self.encode(text, position), assistant))
+            position = SECTION if special else INSIDE
         return turns
 
     def chat(self, messages: list[dict[str, str]]) -> list[int]:
         return [i for ids, _ in self.chat_turns(messages) for i in ids]
 
 
-def load_tokenizer(directory: str | Path, chat_format: str = "auto") -> Tokenizer:
-    """`chat_format` names one of `chat.CHAT_FORMATS`; "auto" is the one that the checkpoint speaks.
+def encode_conversation(messages: list[dict[str, str]], tokenizer: Tokenizer, max_seq_len: int) -> Example:
+    """Tokenize a conversation, with targets on the assistant's answers and the tokens that end them."""
+    tokens: list[int] = []
+    targets: list[int] = []
+    for ids, assistant in tokenizer.chat_turns(messages):
+        tokens += ids
+        targets += ids if assistant else [IGNORE] * len(ids)
+    return Example(tokens[:-1][:max_seq_len], targets[1:][:max_seq_len])
 
-    Raises FileNotFoundError or ValueError.
+
+def load_tokenizer(directory: str | Path, chat_format: str = "auto") -> Tokenizer:
+    """Load a checkpoint's tokenizer, with a format of CHAT_FORMATS or "auto" for the one it was trained in.
+
+    Raises FileNotFoundError or UserError.
     """
     directory = Path(directory)
     if not directory.is_dir():
         raise FileNotFoundError(f"{directory}: no such directory")
-    model, content = directory / "tokenizer.model", directory / "tokenizer.json"
-    if not model.is_file() and not content.is_file():
-        raise FileNotFoundError(f"{directory}: no tokenizer.model or tokenizer.json here")
+    formats = ["auto", *CHAT_FORMATS]
+    check(chat_format in formats, f"chat_format must be one of {', '.join(formats)}, got {chat_format!r}")
     try:
-        return make_tokenizer(model, content, read_settings(directory), chat_format)
-    except (KeyError, TypeError, AttributeError, IndexError) as error:  # JSON of another shape than anybody writes
-        raise UserError(f"{directory}: the tokenizer's settings cannot be understood ({error!r:.80})") from None
+        settings = read_settings(directory)
+        backend, file = load_backend(directory, configured_scheme(settings), added_tokens(settings))
+        special_tokens, eos_ids = special_token_ids(backend, settings, directory)
+        starts = settings.get("add_bos_token", backend.starts_with_bos)
+        start = [special_tokens["{bos}"]] if starts and "{bos}" in special_tokens else []
+        name, format, reason = choose_format(chat_format, settings["chat_template"], special_tokens, directory)
+    except (KeyError, TypeError, AttributeError, IndexError) as error:  # JSON of an unexpected structure
+        raise UserError(f"{directory}: unexpected tokenizer settings ({error!r:.80})") from error
+    if format and name == "plain" and not start:  # as any other text of this checkpoint
+        format = format._replace(start="")
+    return Tokenizer(backend, special_tokens, start, eos_ids, name, format, f"{file}, {reason}")
 
 
-def make_tokenizer(model: Path, content: Path, settings: dict[str, Any], chat_format: str) -> Tokenizer:
-    pieces: SentencePieces | JsonPieces
-    if model.is_file():  # before tokenizer.json: it is what the other was made from, and needs no more packages
-        # The spaces are as in tokenizer.json, if it stands there too, for that is what other readers go by.
-        spaced = spacing(read_object(content)) if content.is_file() else spacing_of(settings)
-        pieces = SentencePieces(model, spaced, added_tokens(settings))
-    else:
-        pieces = JsonPieces(content)
-    controls, eos_ids = control_ids(pieces, settings, model.parent)
-    starts = settings.get("add_bos_token", pieces.starts_with_bos)
-    start = [controls["{bos}"]] if starts and "{bos}" in controls else []
-    format_name, form, why = choose_format(chat_format, settings, controls, start, model.parent)
-    files = f"{model.name} (not {content.name}, which needs one more package)" if content.is_file() else model.name
-    note = f"{files if model.is_file() else content.name}, {why}"
-    return Tokenizer(pieces, controls, start, eos_ids, format_name, form, note)
+def special_token_ids(backend: Backend, settings: dict[str, Any], directory: Path) -> tuple[dict[str, int], list[int]]:
+    """Return the special tokens, with "{bos}" and the other names of chat_formats.py, and the ids that end an answer.
 
-
-def control_ids(
-    pieces: SentencePieces | JsonPieces, settings: dict[str, Any], directory: Path
-) -> tuple[dict[str, int], list[int]]:
-    """Control tokens by name, "{bos}" and its like among them, and the ids that end an answer. Raises ValueError."""
-    controls = {token.name: token.id for token in pieces.added if token.control}
-    own: Any
-    for name, key, own in (("{bos}", "bos_token", pieces.bos_id), ("{eos}", "eos_token", pieces.eos_id)):
-        token = settings.get(key)
+    End tokens beyond the model's vocabulary are left out, because they can never be generated.
+    """
+    special_tokens = {token.content: token.id for token in backend.added if token.special}
+    starts, ends = (as_list(settings.get(key)) for key in ("bos_token_id", "eos_token_id"))
+    check(all(map(is_id, ends)), f"{directory}: eos_token_id must be token ids, got {ends!r:.60}")
+    ends = [i for i in ends if i < settings["n_rows"]]
+    for key, default, ids in (("bos", backend.bos_id, starts), ("eos", backend.eos_id, ends)):
+        token = settings.get(f"{key}_token")
         token = token["content"] if isinstance(token, dict) else token
-        if not token and own is None:  # then by number, as in config.json
-            own = (as_list(settings.get(key + "_id")) or [None])[0]
-        found = controls.get(token, pieces.id_of(token)) if token else own
-        if found is not None:
-            controls[name] = found
-        elif token:
-            raise UserError(f"{directory}: {key} is {token!r:.40}, which is none of its tokens")
-    for name, key in (("{user}", "user_token_id"), ("{assistant}", "assistant_token_id")):
-        if key in settings:
-            controls[name] = settings[key]
-    eos_ids = [controls[name] for name in ("{eos}",) if name in controls] + as_list(settings.get("eos_token_id"))
-    if not all(
-        type(i) is int and 0 <= i <= LARGEST for i in (*controls.values(), *eos_ids, *(t.id for t in pieces.added))
-    ):
-        raise UserError(f"{directory}: a token id must be a whole number, at least 0")
-    if not all(isinstance(token.name, str) for token in pieces.added):
-        raise UserError(f"{directory}: the name of a token must be text")
-    return controls, eos_ids
+        if token:
+            default = special_tokens.get(token, backend.token_to_id(token))
+            check(default is not None, f"{directory}: {key}_token {token!r:.40} is not in the vocabulary")
+        elif default is None and ids:  # by id, as in config.json
+            default = ids[0]
+        if default is not None:
+            special_tokens[f"{{{key}}}"] = default
+    for key in ("user", "assistant"):
+        if f"{key}_token_id" in settings:
+            special_tokens[f"{{{key}}}"] = settings[f"{key}_token_id"]
+    all_ids = (*special_tokens.values(), *(token.id for token in backend.added))
+    check(all(map(is_id, all_ids)), f"{directory}: a token id must be an integer of at least 0")
+    check(all(isinstance(token.content, str) for token in backend.added), f"{directory}: a token must be text")
+    ends = [special_tokens[name] for name in ("{eos}",) if name in special_tokens] + ends
+    return special_tokens, [i for i in ends if i < settings["n_rows"]]
+
+
+def is_id(value: Any) -> bool:
+    return type(value) is int and 0 <= value <= LARGEST
 
 
 def as_list(value: Any) -> list[Any]:
@@ -152,34 +169,34 @@ def as_list(value: Any) -> list[Any]:
 
 
 def read_settings(directory: Path) -> dict[str, Any]:
-    """What the JSON files beside the vocabulary say; where two speak of the same, the later of these counts."""
-    settings: dict[str, Any] = {}
-    for name in ("config.json", "generation_config.json", "special_tokens_map.json", "tokenizer_config.json"):
-        if (directory / name).is_file():
-            settings |= {key: value for key, value in read_object(directory / name).items() if value is not None}
-    if (directory / "added_tokens.json").is_file():
+    """Read the settings next to the vocabulary. A key of several files has its value in the last one of SETTINGS."""
+    files = {name: read_object(directory / name) for name in SETTINGS if os.path.lexists(directory / name)}
+    settings = {key: value for content in files.values() for key, value in content.items() if value is not None}
+    n_rows = files.get("config.json", {}).get("vocab_size")
+    settings["n_rows"] = n_rows if is_id(n_rows) else LARGEST  # rows of the model's embedding
+    if os.path.lexists(directory / "added_tokens.json"):
         settings["added_tokens"] = read_object(directory / "added_tokens.json")
     template = settings.get("chat_template", "")
     if isinstance(template, list):  # several by name
         template = {entry["name"]: entry["template"] for entry in template}.get("default", "")
-    if (directory / "chat_template.jinja").is_file():
-        template = read_bytes(directory / "chat_template.jinja").decode("utf-8", "replace")
+    if os.path.lexists(directory / "chat_template.jinja"):
+        template = read_text(directory / "chat_template.jinja")
     return settings | {"chat_template": template}
 
 
-def added_tokens(settings: dict[str, Any]) -> list[Added]:
-    """What was added to a SentencePiece vocabulary, which cannot say it itself."""
-    tokens = {name: Added(name, i, True) for name, i in settings.get("added_tokens", {}).items()}
-    for i, token in settings.get("added_tokens_decoder", {}).items():  # newer files, which say more
-        number = int(i) if i.isdecimal() else -1  # refused with the other ids
-        tokens[token["content"]] = Added(token["content"], number, token.get("special", True))
+def added_tokens(settings: dict[str, Any]) -> list[AddedToken]:
+    """Return the tokens that were added to a SentencePiece vocabulary, which are not stored in its file."""
+    tokens = {name: AddedToken(name, i, displayed=False) for name, i in settings.get("added_tokens", {}).items()}
+    for i, token in settings.get("added_tokens_decoder", {}).items():  # of newer files, in more detail
+        number = int(i) if i.isdecimal() else -1  # which is rejected with all other ids
+        tokens[token["content"]] = AddedToken(token["content"], number, not token.get("special", True))
     return list(tokens.values())
 
 
-def spacing_of(settings: dict[str, Any]) -> str | None:
-    """Where a space is put in front of a text. None: the model itself knows.
+def configured_scheme(settings: dict[str, Any]) -> str | None:
+    """Return the key of PREPEND_SCHEMES in the settings, or None to keep the one of the SentencePiece model.
 
-    "legacy" is what the Llama tokenizer of `transformers` calls a space after each control token.
+    With `legacy`, the Llama tokenizer of `transformers` also prepends a space after every special token.
     """
     if not settings.get("add_prefix_space", True):
         return "never"
@@ -189,35 +206,17 @@ def spacing_of(settings: dict[str, Any]) -> str | None:
 
 
 def choose_format(
-    chat_format: str, settings: dict[str, Any], controls: dict[str, int], start: list[int], directory: Path
+    chat_format: str, template: str, special_tokens: dict[str, int], directory: Path
 ) -> tuple[str | None, ChatFormat | None, str]:
-    """The chat format's name, itself, and why it is that; None if the checkpoint's own is not known here."""
-    if chat_format != "auto" and chat_format not in CHAT_FORMATS:
-        raise UserError(f"chat_format must be auto, {', '.join(CHAT_FORMATS)}, got {chat_format!r}")
-    found = (chat_format, "as chosen") if chat_format != "auto" else recognize(settings["chat_template"], controls)
-    if not found:
-        return (
-            None,
-            None,
-            f"{directory}: its chat_template is none of {', '.join(CHAT_FORMATS)}; --chat-format chooses one",
-        )
-    name, why = found
-    form = adapt(name, settings["chat_template"])
-    if name == "plain" and not start:  # as any other text of this checkpoint
-        form = form._replace(start="")
-    if missing := [token for token in form.needs if token not in controls]:
-        message = f"{directory}: chat format {name} ({why}) needs the token {missing[0]}, which is not there"
-        if chat_format != "auto":
-            raise UserError(message)
-        return None, None, f"{message}; --chat-format chooses another"
-    return name, form, f"chat format {name} ({why})"
-
-
-def encode_conversation(messages: list[dict[str, str]], tokenizer: Tokenizer, max_seq_len: int) -> Example:
-    """The conversation as tokens, with targets on the assistant's words and the token that ends them."""
-    tokens: list[int] = []
-    targets: list[int] = []
-    for ids, own in tokenizer.chat_turns(messages):
-        tokens += ids
-        targets += ids if own else [IGNORE] * len(ids)
-    return Example(tokens[:-1][:max_seq_len], targets[1:][:max_seq_len])
+    """Return the name of the chat format, the format, and the reason. The first two are None if it is unknown."""
+    chosen = (chat_format, "as chosen") if chat_format != "auto" else recognize(template, special_tokens)
+    if not chosen:
+        formats = ", ".join(CHAT_FORMATS)
+        return None, None, f"{directory}: its chat_template is none of {formats}; choose one with --chat-format"
+    name, reason = chosen
+    format = adapt(CHAT_FORMATS[name], template)
+    if missing := [token for token in format.needs if token not in special_tokens]:
+        message = f"{directory}: chat format {name} ({reason}) needs the token {missing[0]}, which the vocabulary lacks"
+        check(chat_format == "auto", message)
+        return None, None, f"{message}; choose another with --chat-format"
+    return name, format, f"chat format {name} ({reason})"

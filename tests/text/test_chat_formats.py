@@ -1,6 +1,6 @@
-"""Expected conversations are written out by hand. «» stand around what is the assistant's own, and learned.
+"""Tests of the chat formats: the expected conversations are written by hand, «» enclose the text that is trained.
 
-<s> and </s> are the tokenizer's own control tokens, <U> and <A> those that Baichuan gives by number.
+<s> and </s> are the start and end tokens of the tokenizer, <U> and <A> the tokens that Baichuan gives by id.
 """
 
 import re
@@ -8,16 +8,16 @@ from itertools import pairwise
 
 import pytest
 
-from minidoctor.text.chat_formats import CHAT_FORMATS, default_system, layout, recognize
+from minidoctor.text.chat_formats import CHAT_FORMATS, adapt, recognize, render
 
-SHOWN = {"{bos}": "<s>", "{eos}": "</s>", "{user}": "<U>", "{assistant}": "<A>"}
+NAMES = {"{bos}": "<s>", "{eos}": "</s>", "{user}": "<U>", "{assistant}": "<A>"}
 SYSTEM = {"role": "system", "content": "S"}
 QUESTIONS = [{"role": "user", "content": f"Q{i}"} for i in (1, 2, 3)]
 ANSWERS = [{"role": "assistant", "content": f"A{i}"} for i in (1, 2, 3)]
 TURNS = [QUESTIONS[0], ANSWERS[0], QUESTIONS[1], ANSWERS[1], QUESTIONS[2]]
-ALL_CONTROLS = {"{bos}", "{eos}"}.union(*(form.needs for form in CHAT_FORMATS.values()))
+SPECIAL_TOKENS = {"{bos}", "{eos}"}.union(*(format.needs for format in CHAT_FORMATS.values()))
 
-# What each turn adds: the first question (alone; after a system message), an answer, a question, an answer, ...
+# The text that each turn adds: the first question (without and with a system message), an answer, a question, ...
 CHATS = {
     "minidoctor": [
         ("<s><|user|>Q1<|assistant|>", "<s><|system|>S<|user|>Q1<|assistant|>"),
@@ -113,7 +113,7 @@ CHATS = {
     ],
 }
 
-# In these two an earlier turn changes when another follows it.
+# In these two formats an earlier turn changes when another follows it.
 QWEN3 = [
     "<|im_start|>user\nQ1<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n",
     "<|im_start|>user\nQ1<|im_end|>\n<|im_start|>assistant\n«A1<|im_end|>»\n"
@@ -134,120 +134,121 @@ MISTRAL_V3_SYSTEM = [
 ]
 
 
-def shown(messages, form, controls=ALL_CONTROLS):
-    """The conversation as one text, marked as the expected ones are."""
+def rendered(messages, format, special_tokens=SPECIAL_TOKENS):
+    """Return the conversation as one text, with the marks of the expected ones."""
     text = "".join(
-        f"«{SHOWN.get(piece.text, piece.text)}»" if piece.own else SHOWN.get(piece.text, piece.text)
-        for piece in layout(messages, form, controls)
+        f"«{NAMES.get(segment.text, segment.text)}»" if segment.assistant else NAMES.get(segment.text, segment.text)
+        for segment in render(messages, format, special_tokens)
     )
     return text.replace("»«", "")
 
 
 @pytest.mark.parametrize("n", [1, 2, 3])
 @pytest.mark.parametrize("name", CHATS)
-def test_a_chat_of_one_to_three_turns(name, n):
+def test_prompts_of_one_to_three_turns_follow_their_format(name, n):
     (first, first_with_system), *later = CHATS[name]
     messages, rest = TURNS[: 2 * n - 1], "".join(later[: 2 * n - 2])
-    assert shown(messages, CHAT_FORMATS[name]) == first + rest
-    assert shown([SYSTEM, *messages], CHAT_FORMATS[name]) == first_with_system + rest
+    assert rendered(messages, CHAT_FORMATS[name]) == first + rest
+    assert rendered([SYSTEM, *messages], CHAT_FORMATS[name]) == first_with_system + rest
 
 
 @pytest.mark.parametrize("name", CHATS)
-def test_a_chat_that_is_answered_ends_with_the_token_that_ends_an_answer(name):
+def test_answered_chats_end_with_the_end_token(name):
     (first, first_with_system), *later = CHATS[name]
-    assert shown([*TURNS, ANSWERS[2]], CHAT_FORMATS[name]) == first + "".join(later)
-    assert shown([SYSTEM, *TURNS, ANSWERS[2]], CHAT_FORMATS[name]) == first_with_system + "".join(later)
+    assert rendered([*TURNS, ANSWERS[2]], CHAT_FORMATS[name]) == first + "".join(later)
+    assert rendered([SYSTEM, *TURNS, ANSWERS[2]], CHAT_FORMATS[name]) == first_with_system + "".join(later)
 
 
 @pytest.mark.parametrize("n", [1, 2, 3])
-def test_qwen3_is_told_that_it_has_thought_before_the_last_answer_only(n):
-    messages, expected, form = TURNS[: 2 * n - 1], QWEN3[n - 1], CHAT_FORMATS["qwen3"]
-    assert shown(messages, form) == expected
-    assert shown([SYSTEM, *messages], form) == "<|im_start|>system\nS<|im_end|>\n" + expected
-    assert shown([*messages, ANSWERS[n - 1]], form) == f"{expected}«A{n}<|im_end|>»\n"
+def test_qwen3_has_an_empty_thinking_block_before_the_last_answer_only(n):
+    messages, expected, format = TURNS[: 2 * n - 1], QWEN3[n - 1], CHAT_FORMATS["qwen3"]
+    assert rendered(messages, format) == expected
+    assert rendered([SYSTEM, *messages], format) == "<|im_start|>system\nS<|im_end|>\n" + expected
+    assert rendered([*messages, ANSWERS[n - 1]], format) == f"{expected}«A{n}<|im_end|>»\n"
 
 
 @pytest.mark.parametrize("n", [1, 2, 3])
 def test_mistral_v3_has_the_system_message_in_the_last_question(n):
-    messages, form = TURNS[: 2 * n - 1], CHAT_FORMATS["mistral-v3"]
-    assert shown(messages, form) == MISTRAL_V3[n - 1]
-    assert shown([SYSTEM, *messages], form) == MISTRAL_V3_SYSTEM[n - 1]
-    assert shown([SYSTEM, *messages, ANSWERS[n - 1]], form) == f"{MISTRAL_V3_SYSTEM[n - 1]}« A{n}</s>»"
+    messages, format = TURNS[: 2 * n - 1], CHAT_FORMATS["mistral-v3"]
+    assert rendered(messages, format) == MISTRAL_V3[n - 1]
+    assert rendered([SYSTEM, *messages], format) == MISTRAL_V3_SYSTEM[n - 1]
+    assert rendered([SYSTEM, *messages, ANSWERS[n - 1]], format) == f"{MISTRAL_V3_SYSTEM[n - 1]}« A{n}</s>»"
 
 
-def test_every_format_is_tested():
+def test_every_format_has_an_expected_chat():
     assert {*CHATS, "qwen3", "mistral-v3"} == set(CHAT_FORMATS)
 
 
-def test_the_default_system_message_stands_where_a_chat_has_none():
-    form = CHAT_FORMATS["chatml"]._replace(default_system="Be kind.")
+def test_default_system_message_replaces_a_missing_one_only():
+    format = CHAT_FORMATS["chatml"]._replace(default_system="Be kind.")
     first, first_with_system = CHATS["chatml"][0]
-    assert shown(TURNS[:1], form) == "<|im_start|>system\nBe kind.<|im_end|>\n" + first
-    assert shown([SYSTEM, *TURNS[:1]], form) == first_with_system
+    assert rendered(TURNS[:1], format) == "<|im_start|>system\nBe kind.<|im_end|>\n" + first
+    assert rendered([SYSTEM, *TURNS[:1]], format) == first_with_system
 
 
 @pytest.mark.parametrize("name", ["llama2", "llama3", "llama3.1"])
-def test_these_formats_strip_their_messages(name):
+def test_formats_that_strip_their_messages_ignore_white_space(name):
     padded = [message | {"content": f"\n {message['content']} \n"} for message in TURNS]
-    assert shown(padded, CHAT_FORMATS[name]) == shown(TURNS, CHAT_FORMATS[name])
+    assert rendered(padded, CHAT_FORMATS[name]) == rendered(TURNS, CHAT_FORMATS[name])
 
 
 @pytest.mark.parametrize("name", ["chatml", "qwen3", "zephyr", "mistral", "baichuan"])
-def test_these_formats_keep_the_white_space_of_a_message(name):
+def test_other_formats_keep_the_white_space_of_a_message(name):
     padded = [QUESTIONS[0] | {"content": "\n Q \n"}]
-    assert "\n Q \n" in shown(padded, CHAT_FORMATS[name])
+    assert "\n Q \n" in rendered(padded, CHAT_FORMATS[name])
 
 
-TYPED = "".join(sorted(ALL_CONTROLS)) + "{}{}</s>[INST]<<SYS>> x"
+TYPED = "".join(sorted(SPECIAL_TOKENS)) + "{}{}</s>[INST]<<SYS>> x"
 
 
 @pytest.mark.parametrize("role", ["system", "user", "assistant"])
 @pytest.mark.parametrize("name", CHAT_FORMATS)
-def test_what_is_typed_stays_text(name, role):
+def test_special_tokens_in_a_message_stay_text(name, role):
     def chat(content):
         messages = [SYSTEM, QUESTIONS[0], ANSWERS[0], QUESTIONS[1]]
-        return layout(
-            [m | {"content": content} if m["role"] == role else m for m in messages], CHAT_FORMATS[name], ALL_CONTROLS
+        return render(
+            [m | {"content": content} if m["role"] == role else m for m in messages], CHAT_FORMATS[name], SPECIAL_TOKENS
         )
 
     assert chat(TYPED) == [
-        piece if piece.control else piece._replace(text=piece.text.replace("PLACE", TYPED)) for piece in chat("PLACE")
+        segment if segment.special else segment._replace(text=segment.text.replace("PLACE", TYPED))
+        for segment in chat("PLACE")
     ]
 
 
 @pytest.mark.parametrize("name", CHAT_FORMATS)
-def test_every_marker_that_is_a_control_token_is_one_in_the_chat(name):
+def test_every_needed_token_is_a_special_segment(name):
     needs = CHAT_FORMATS[name].needs
-    pieces = layout([SYSTEM, *TURNS, ANSWERS[2]], CHAT_FORMATS[name], {"{bos}", "{eos}", *needs})
-    assert set(needs) - {"<think>", "</think>"} <= {piece.text for piece in pieces if piece.control}
+    segments = render([SYSTEM, *TURNS, ANSWERS[2]], CHAT_FORMATS[name], {"{bos}", "{eos}", *needs})
+    assert set(needs) - {"<think>", "</think>"} <= {segment.text for segment in segments if segment.special}
     assert not any(
-        marker in piece.text for piece in pieces if not piece.control for marker in ("{bos}", "{eos}", *needs)
+        marker in segment.text for segment in segments if not segment.special for marker in ("{bos}", "{eos}", *needs)
     )
 
 
 @pytest.mark.parametrize("name", CHAT_FORMATS)
-def test_neighbouring_text_is_one_piece_to_encode(name):
-    pieces = layout([SYSTEM, *TURNS, ANSWERS[2]], CHAT_FORMATS[name], ALL_CONTROLS)
-    for left, right in pairwise(pieces):
-        assert left.control or right.control or left.own != right.own
-    assert all(piece.text for piece in pieces)
+def test_neighbouring_text_is_one_segment(name):
+    segments = render([SYSTEM, *TURNS, ANSWERS[2]], CHAT_FORMATS[name], SPECIAL_TOKENS)
+    for left, right in pairwise(segments):
+        assert left.special or right.special or left.assistant != right.assistant
+    assert all(segment.text for segment in segments)
 
 
-def test_a_marker_that_is_no_control_token_is_part_of_the_text():
-    pieces = layout(TURNS[:1], CHAT_FORMATS["zephyr"], {"{bos}", "{eos}"})
-    assert [(piece.text, piece.control) for piece in pieces] == [
+def test_markup_that_is_not_a_special_token_is_part_of_the_text():
+    segments = render(TURNS[:1], CHAT_FORMATS["zephyr"], {"{bos}", "{eos}"})
+    assert [(segment.text, segment.special) for segment in segments] == [
         ("<|user|>\nQ1", False),
         ("{eos}", True),
         ("\n<|assistant|>\n", False),
     ]
 
 
-def test_of_two_control_tokens_the_longer_is_taken():
-    pieces = layout(TURNS[:1], CHAT_FORMATS["minidoctor"], {"{bos}", "<|user|>", "<|user|>Q", "<|assistant|>", "<|"})
-    assert [piece.text for piece in pieces] == ["{bos}", "<|user|>", "Q1", "<|assistant|>"]
+def test_the_longer_of_two_special_tokens_is_matched():
+    segments = render(TURNS[:1], CHAT_FORMATS["minidoctor"], {"{bos}", "<|user|>", "<|user|>Q", "<|assistant|>", "<|"})
+    assert [segment.text for segment in segments] == ["{bos}", "<|user|>", "Q1", "<|assistant|>"]
 
 
-# Templates of our own, as short as what tells one family from another.
+# Our own templates, reduced to the marks that distinguish the families.
 CHATML = (
     "{% for turn in messages %}{{ '<|im_start|>' + turn.role + '\\n' + turn.content + '<|im_end|>\\n' }}{% endfor %}"
 )
@@ -268,15 +269,15 @@ TEMPLATES = {
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_a_family_is_known_by_its_template(name):
-    found, why = recognize(TEMPLATES[name], CHAT_FORMATS[name].needs)
-    assert found == name
-    mark = re.fullmatch(r"its chat_template has (.+?)(?: and (.+))?", why)
+def test_recognize_finds_each_format_by_marks_in_its_template(name):
+    recognized, reason = recognize(TEMPLATES[name], CHAT_FORMATS[name].needs)
+    assert recognized == name
+    mark = re.fullmatch(r"its chat_template has (.+?)(?: and (.+))?", reason)
     assert mark[1] in TEMPLATES[name]
     assert (mark[2] or "") in TEMPLATES[name]
 
 
-def test_without_a_template_the_control_tokens_tell():
+def test_recognize_uses_the_special_tokens_without_a_template():
     assert recognize("", {"<|system|>", "<|user|>", "<|assistant|>"})[0] == "minidoctor"
     assert recognize("", {"{user}", "{assistant}", "{bos}"})[0] == "baichuan"
     assert recognize("", {"<|user|>", "{assistant}", "{bos}"})[0] == "plain"
@@ -284,13 +285,13 @@ def test_without_a_template_the_control_tokens_tell():
 
 
 @pytest.mark.parametrize("newline", ["\n", "\\n"])
-def test_a_model_that_always_thinks_first_is_unknown(newline):
+def test_recognize_rejects_models_that_always_think(newline):
     template = TEMPLATES["qwen3"] + "{{ '<|im_start|>assistant" + newline + "<think>' }}"
     assert recognize(template, CHAT_FORMATS["qwen3"].needs) is None
 
 
-UNKNOWN = {
-    "no format at all": "{{ messages }}",
+UNSUPPORTED = {
+    "no markup": "{{ messages }}",
     "other markers": "{{ '<start_of_turn>' + turn.role + '\\n' + turn.content + '<end_of_turn>\\n' }}",
     "ends with <|end|>": "{{ '<|user|>\\n' + turn.content + '<|end|>\\n<|assistant|>\\n' + eos_token }}",
     "no end after a question": "{{ '<|user|>\\n' + turn.content + '\\n<|assistant|>\\n' }}{{ answer + eos_token }}",
@@ -299,29 +300,33 @@ UNKNOWN = {
 }
 
 
-@pytest.mark.parametrize("what", UNKNOWN)
-def test_a_format_that_is_not_in_the_table_is_not_taken_for_another(what):
-    assert recognize(UNKNOWN[what], {"[INST]", "[/INST]", "<|user|>", "<|assistant|>", "{bos}", "{eos}"}) is None
+@pytest.mark.parametrize("case", UNSUPPORTED)
+def test_recognize_rejects_formats_that_are_not_in_the_table(case):
+    assert recognize(UNSUPPORTED[case], {"[INST]", "[/INST]", "<|user|>", "<|assistant|>", "{bos}", "{eos}"}) is None
 
 
-def test_mistrals_first_format_is_known_also_where_its_marks_are_control_tokens():
+def test_recognize_mistral_v1_also_with_its_marks_as_special_tokens():
     assert recognize(TEMPLATES["mistral-v1"], {"[INST]", "[/INST]"})[0] == "mistral-v1"
 
 
+def default_system(template):
+    return adapt(CHAT_FORMATS["chatml"], template).default_system
+
+
 @pytest.mark.parametrize("newline", ["\n", "\\n"])
-def test_the_default_system_message_is_read_from_the_template(newline):
-    said = f"{{{{ '<|im_start|>system{newline}You are kind, 你好.<|im_end|>{newline}' }}}}"
-    assert default_system(said + CHATML) == "You are kind, 你好."
+def test_adapt_reads_the_default_system_message(newline):
+    system = f"{{{{ '<|im_start|>system{newline}You are kind, 你好.<|im_end|>{newline}' }}}}"
+    assert default_system(system + CHATML) == "You are kind, 你好."
 
 
-def test_no_default_system_message_is_made_up():
+def test_adapt_invents_no_default_system_message():
     assert default_system("") is None
     assert default_system(CHATML) is None
     assert default_system(CHATML + "{{ '<|im_start|>system\\n' + messages[0].content + '<|im_end|>\\n' }}") is None
 
 
 @pytest.mark.parametrize("name", CHAT_FORMATS)
-def test_a_conversation_without_a_question_is_refused(name):
+def test_render_rejects_a_conversation_without_a_user_message(name):
     for messages in ([], [{"role": "system", "content": "Be short."}]):
-        with pytest.raises(ValueError, match="needs a message of the user's"):
-            layout(messages, CHAT_FORMATS[name], {"{bos}", "{eos}"})
+        with pytest.raises(ValueError, match="user message"):
+            render(messages, CHAT_FORMATS[name], {"{bos}", "{eos}"})
