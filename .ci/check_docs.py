@@ -48,7 +48,7 @@ def check_reading_path() -> None:
     listed = re.search(r"imports only files above it and ops/:\n(.*?)\.", (PACKAGE / "__init__.py").read_text(), re.S)
     order = listed[1].replace("\n", " ").split(", ") if listed else []
     check([name for name, _ in rows] == order, f"README.md: the reading path is {rows}, the method's order is {order}")
-    for name, lines in rows:
+    for name, lines in rows if [name for name, _ in rows] == order else []:
         actual = n_lines(PACKAGE / f"{name}.py")
         check(actual == int(lines), f"README.md: {name}.py has {actual} lines, the reading path says {lines}")
 

@@ -3,8 +3,8 @@
     from minidoctor import load, generate, SampleConfig
 
 The method is in the files of this directory. Read them in this order; each imports only files above it and ops/:
-config, lora, router, model, expert_queue, losses, batching, step, generate. The subpackages are shelves: loading,
-data, training runs, evaluation, pictures, benchmarks and the ablation. Each has a README.md.
+config, lora, router, kv_cache, model, expert_queue, losses, batching, step, generate. The subpackages are shelves:
+loading, data, training runs, evaluation, pictures, benchmarks and the ablation. Each has a README.md.
 
 Shapes in comments and docstrings use these letters:
 

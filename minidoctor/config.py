@@ -81,6 +81,7 @@ class ModelConfig:
     qk_norm: bool = False  # Qwen3: RMSNorm of each head's query and key before the rotation
     window: int = 0  # Mistral: number of positions a token attends to, including its own (0: all)
     rope_scaling: RopeScaling | None = None
+    alibi: bool = False  # Baichuan 13B: a bias on the attention scores instead of rotary positions
 
     def __post_init__(self) -> None:
         check_range(self, "vocab_size", "dim", "n_heads", "n_kv_heads", "head_dim", "ffn_dim", "max_seq_len")

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from minidoctor.config import TINY, SampleConfig, UserError
-from minidoctor.model import KVCache, Model
+from minidoctor.kv_cache import KVCache
+from minidoctor.model import Model
 
 
 class NonFiniteLogits(UserError):

@@ -3,12 +3,13 @@
     x = x + attention(norm(x))          grouped-query, rotary positions, causal
     x = x + feed_forward(norm(x))       SwiGLU: down(silu(gate(x)) * up(x))
 
-Llama, Mistral, Qwen2, Qwen3 and Baichuan differ in four switches of the config (qkv_bias, qk_norm, window,
-rope_scaling) and in how their weights are stored (checkpoints/families.py). Parameter names are those of Hugging Face
-checkpoints, such as `model.layers.0.mlp.gate_proj.weight`. A sublayer with experts adds `router.*` and, in each
-adapted linear layer, `lora_a` and `lora_b`.
+Llama, Mistral, Qwen2, Qwen3 and Baichuan differ in five switches of the config (qkv_bias, qk_norm, window,
+rope_scaling, alibi) and in how their weights are stored (checkpoints/families.py). Parameter names are those of
+Hugging Face checkpoints, such as `model.layers.0.mlp.gate_proj.weight`. A sublayer with experts adds `router.*` and,
+in each adapted linear layer, `lora_a` and `lora_b`.
 
 RMSNorm: https://arxiv.org/abs/1910.07467. RoPE: https://arxiv.org/abs/2104.09864, section 3.4.2.
+ALiBi: https://arxiv.org/abs/2108.12409, section 3.
 GQA: https://arxiv.org/abs/2305.13245. SwiGLU: https://arxiv.org/abs/2002.05202.
 """
 
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from minidoctor.config import TARGETS, AdapterConfig, ModelConfig
+from minidoctor.kv_cache import KVCache, LayerCache
 from minidoctor.lora import LoRAExperts
 from minidoctor.ops.linear import Linear
 from minidoctor.ops.precision import at_least_float32
@@ -71,69 +73,42 @@ def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
     return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin
 
 
-class LayerCache(NamedTuple):
-    """Keys and values of one layer, as views into a KVCache."""
+def alibi_slopes(n_heads: int, device: torch.device) -> Tensor:
+    """Return the slope (H,) of each head's linear bias.
 
-    keys: Tensor  # (B, G, S, C)
-    values: Tensor  # (B, G, S, C)
-
-    def append(self, k: Tensor, v: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Write k and v (B, G, T, C) at the positions of index (B, G, T, C) and return all S keys and values."""
-        return self.keys.scatter_(2, index, k), self.values.scatter_(2, index, v)
-
-
-class KVCache:
-    """Keys and values of the positions computed so far, for each layer.
-
-    Each row of the batch has its own positions, and row b is written at `positions[b]`. Prompts of different lengths
-    are padded on the right. The tokens generated later overwrite the padding, and no token attends to it before that,
-    because its position is greater than theirs.
+    A geometric sequence from 2^(-8/n) for n heads, a power of two. Further heads take every second slope of 2n heads,
+    as the authors' code does.
     """
-
-    def __init__(self, config: ModelConfig, batch_size: int, max_seq_len: int, like: Tensor):
-        shape = (config.n_layers, batch_size, config.n_kv_heads, max_seq_len, config.head_dim)
-        self.keys, self.values = like.new_zeros(shape), like.new_zeros(shape)
-        self.length = 0  # positions in use by the longest row; attention covers only these
-
-    def reserve(self, n_rows: int, n_tokens: int) -> list[LayerCache]:
-        """Extend the cache by n_tokens positions, as far as it goes, and return the first rows for each layer."""
-        self.length = min(self.length + n_tokens, self.keys.shape[3])
-        keys, values = (stored[:, :n_rows, :, : self.length] for stored in (self.keys, self.values))
-        return [LayerCache(*layer) for layer in zip(keys.unbind(), values.unbind(), strict=True)]
-
-    def truncate(self, length: int) -> None:
-        """Forget all positions from `length` on, so that another continuation can follow."""
-        self.length = length
-
-    def expand(self, config: ModelConfig, batch_size: int, max_seq_len: int) -> "KVCache":
-        """Return a larger cache in which every row starts with this cache's only row."""
-        cache = KVCache(config, batch_size, max_seq_len, self.keys)
-        cache.length = self.length
-        cache.keys[:, :, :, : self.length] = self.keys[:, :, :, : self.length]
-        cache.values[:, :, :, : self.length] = self.values[:, :, :, : self.length]
-        return cache
+    n = 2 ** int(math.log2(n_heads))
+    exponents = torch.cat([torch.arange(1, n + 1) / n, (1 + 2 * torch.arange(n_heads - n)) / (2 * n)])  # (H,)
+    return (2.0 ** (-8 * exponents)).to(device)
 
 
 class PositionInfo(NamedTuple):
     """Rotary table, attention mask and cache index of the tokens, computed once for all layers."""
 
-    rotary: tuple[Tensor, Tensor]  # cosines and signed sines (B, 1, T, C)
-    mask: Tensor | None  # (B, 1, T, S), 0 or -inf; None: plain causal
+    rotary: tuple[Tensor, Tensor] | None  # cosines and signed sines (B, 1, T, C); None: ALiBi
+    mask: Tensor | None  # (B, 1, T, S), 0 or -inf, or (B, H, T, S) with the ALiBi bias; None: plain causal
     cache_index: Tensor | None  # (B, G, T, C), position of each token in the cache
 
 
 def position_info(config: ModelConfig, positions: Tensor, dtype: torch.dtype, cache_length: int | None) -> PositionInfo:
     """Return the PositionInfo of tokens at `positions` (B, T); `cache_length` is S, or None without a cache."""
     n_rows, n_tokens = positions.shape
-    rotary = rotary_table(positions, rotary_frequencies(config, positions.device), dtype)
-    mask = cache_index = None
-    if cache_length is not None or 0 < config.window < n_tokens:
+    rotary = mask = cache_index = None
+    if not config.alibi:
+        rotary = rotary_table(positions, rotary_frequencies(config, positions.device), dtype)
+    if cache_length is not None or config.alibi or 0 < config.window < n_tokens:
         keys = torch.arange(n_tokens if cache_length is None else cache_length, device=positions.device)  # (S,)
         queries = positions[:, None, :, None]  # (B, 1, T, 1)
         hidden = keys > queries  # (B, 1, T, S)
         if config.window:
             hidden |= keys <= queries - config.window
-        mask = torch.zeros_like(hidden, dtype=dtype).masked_fill_(hidden, -torch.inf)  # (B, 1, T, S)
+        mask = torch.zeros_like(hidden, dtype=dtype)
+        if config.alibi:
+            slopes = alibi_slopes(config.n_heads, positions.device)[:, None, None]  # (H, 1, 1)
+            mask = (slopes * (keys - queries)).to(dtype)  # (B, H, T, S)
+        mask = mask.masked_fill(hidden, -torch.inf)  # (B, 1 or H, T, S)
     if cache_length is not None:
         cache_index = positions[:, None, :, None].expand(n_rows, config.n_kv_heads, n_tokens, config.head_dim)
     return PositionInfo(rotary, mask, cache_index)
@@ -179,7 +154,9 @@ class Attention(nn.Module):
             project(layer, x, routing).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for layer in (self.q_proj, self.k_proj, self.v_proj)
         )  # (B, H, T, C), (B, G, T, C), (B, G, T, C)
-        q, k = rotate(self.q_norm(q), info.rotary), rotate(self.k_norm(k), info.rotary)
+        q, k = self.q_norm(q), self.k_norm(k)
+        if info.rotary:
+            q, k = rotate(q, info.rotary), rotate(k, info.rotary)
         if cache and info.cache_index is not None:
             k, v = cache.append(k, v, info.cache_index)  # (B, G, S, C)
         mask = info.mask

@@ -8,7 +8,7 @@ import pytest
 from paths import ROOT
 
 PACKAGE = ROOT / "minidoctor"
-METHOD = ["config", "lora", "router", "model", "expert_queue", "losses", "batching", "step", "generate"]
+METHOD = ["config", "lora", "router", "kv_cache", "model", "expert_queue", "losses", "batching", "step", "generate"]
 SHELVES = ["ops", "files", "cli", "text", "checkpoints", "questions", "evaluate", "training"]
 SHELVES += ["picture", "ask", "export", "bench", "study"]
 PROGRAMS = [ROOT / "train.py", ROOT / "sample.py", *sorted((ROOT / "data").glob("*.py"))]

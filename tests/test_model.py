@@ -1,5 +1,6 @@
 """The decoder against stored logits of an independent implementation, and against its definitions."""
 
+import math
 import shutil
 from copy import deepcopy
 from dataclasses import replace
@@ -13,11 +14,14 @@ from minidoctor.checkpoints.hugging_face import load_model, save_model
 from minidoctor.config import AdapterConfig, ModelConfig, SampleConfig
 from minidoctor.files.safetensors import read_header, read_tensors
 from minidoctor.generate import generate
+from minidoctor.kv_cache import KVCache
 from minidoctor.model import (
-    KVCache,
     Model,
     adapter_state,
+    alibi_slopes,
     is_adapter_name,
+    position_info,
+    project,
     rotary_frequencies,
     rotary_table,
     rotate,
@@ -266,3 +270,57 @@ def test_compiled_decoding_on_a_gpu_equals_eager_decoding():
     for prompts in ([[4, 8, 15], [16, 23, 42, 7, 9]], [[4, 8, 15]]):
         decoded = [list(generate(model, prompts, config, ())) for model in (plain, compiled)]
         assert decoded[0] == decoded[1]
+
+
+@pytest.mark.parametrize("n_heads", [4, 6, 40])
+def test_alibi_slopes_equal_the_published_definition(n_heads):
+    def power_of_two_slopes(n):
+        start = 2 ** (-(2 ** -(math.log2(n) - 3)))
+        return [start ** (i + 1) for i in range(n)]
+
+    n = 2 ** math.floor(math.log2(n_heads))
+    expected = power_of_two_slopes(n) + power_of_two_slopes(2 * n)[0::2][: n_heads - n]
+    torch.testing.assert_close(alibi_slopes(n_heads, torch.device("cpu")), torch.tensor(expected))
+
+
+def alibi_model(n_heads: int) -> Model:
+    torch.manual_seed(0)
+    shape = replace(TINY, alibi=True, n_heads=n_heads, n_kv_heads=n_heads, max_seq_len=12)
+    return Model(shape, AdapterConfig(n_experts=4, routing_dim=8, targets=EVERYWHERE)).eval()
+
+
+@pytest.mark.parametrize("n_heads", [4, 6])
+def test_alibi_attention_equals_a_loop_over_heads_and_queries(n_heads):
+    model, tokens = alibi_model(n_heads), torch.randint(0, 50, (1, 15))  # beyond the context length of training
+    block = model.model.layers[0]
+    with torch.no_grad():
+        x = block.input_layernorm(model.model.embed_tokens(tokens))
+        ours, routing = block.self_attn(x, position_info(model.config, torch.arange(15)[None], x.dtype, None), None)
+        layers = (block.self_attn.q_proj, block.self_attn.k_proj, block.self_attn.v_proj)
+        q, k, v = (project(layer, x, routing)[0].unflatten(-1, (n_heads, -1)) for layer in layers)
+        slopes, rows = alibi_slopes(n_heads, torch.device("cpu")), []
+        for t in range(15):
+            heads = []
+            for h in range(n_heads):
+                scores = k[: t + 1, h] @ q[t, h] / 8**0.5 - slopes[h] * (t - torch.arange(t + 1))
+                heads.append(scores.softmax(0) @ v[: t + 1, h])
+            rows.append(torch.cat(heads))
+        expected = project(block.self_attn.o_proj, torch.stack(rows)[None], routing)
+    torch.testing.assert_close(ours, expected)
+
+
+def test_alibi_is_the_same_with_a_cache_in_padded_batches_and_beyond_the_context():
+    model = alibi_model(6)
+    tokens, lengths = torch.randint(0, 50, (3, 20)), torch.tensor([20, 11, 16])
+    with torch.no_grad():
+        full, _ = model(tokens)
+        padded, _ = model(tokens.masked_fill(torch.arange(20) >= lengths[:, None], 0))
+        for row, length in enumerate(lengths):
+            torch.testing.assert_close(padded[row, :length], full[row, :length])
+        cache = KVCache(model.config, 3, 20, model.lm_head.weight)
+        for first, last in [(0, 7), *((i, i + 1) for i in range(7, 20))]:
+            logits, _ = model(tokens[:, first:last], torch.arange(first, last).expand(3, -1), cache)
+            torch.testing.assert_close(logits, full[:, first:last])
+        rotary = Model(replace(model.config, alibi=False), model.adapter).eval()
+        rotary.load_state_dict(model.state_dict())
+        assert not torch.allclose(rotary(tokens)[0], full, atol=1e-3)

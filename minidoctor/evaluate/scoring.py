@@ -25,7 +25,8 @@ from minidoctor.config import SampleConfig
 from minidoctor.evaluate.prompts import Asker, Question
 from minidoctor.evaluate.protocol import EvalConfig
 from minidoctor.generate import complete, prefill
-from minidoctor.model import KVCache, Model
+from minidoctor.kv_cache import KVCache
+from minidoctor.model import Model
 from minidoctor.text.tokenizer import encode_conversation
 
 # Beyond these a batch only costs memory. On a CPU the products are at full speed long before, and what a block makes of
