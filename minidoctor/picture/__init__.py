@@ -1,1 +1,1 @@
-"""Pictures of the routing: in the terminal and as plots."""
+"""Statistics of the routing, shown in the terminal and as plots."""

@@ -1,226 +1,195 @@
-"""The pictures that picture.py makes, drawn from numbers. Needs matplotlib; nothing else here does.
+"""The plots of `python -m minidoctor.picture`. The only file of the package that imports matplotlib.
 
-StepMetrics are made directly and not by pyplot, which would remember them and choose a window for them. Colour maps
-(cividis, PuOr) and palette are for the colour-blind as well, and letters and numbers say the same.
+Figures are made directly and not with pyplot, which keeps them and opens windows. The colour maps (cividis, PuOr) are
+for colour-blind readers too, and each cell also contains its value.
 """
 
 import io
 import math
-from collections.abc import Sequence
+import sys
+import unicodedata
 from pathlib import Path
 from typing import Any
 
-from matplotlib.axes import Axes
-from matplotlib.cm import ScalarMappable
-from matplotlib.colors import to_rgb
+from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
-from matplotlib.font_manager import FontProperties, findfont, fontManager
-from matplotlib.ft2font import FT2Font
+from matplotlib.font_manager import findfont, fontManager, get_font
 from matplotlib.patches import Rectangle
-from matplotlib.textpath import TextPath
-from matplotlib.ticker import LogLocator, NullFormatter
+from matplotlib.ticker import LogLocator
 from torch import Tensor
 
 from minidoctor.files.json_files import write_atomically
-from minidoctor.picture.terminal import RoutedText, letter
+from minidoctor.model import Model
+from minidoctor.picture import statistics
+from minidoctor.picture.statistics import Top1
+from minidoctor.picture.terminal import PALETTE, RoutedText, letter, sublayer_names
+from minidoctor.questions.rows import Row
+from minidoctor.text.stream import printable
 
-WIDTH = 9.0  # inches; a README is about 900 pixels wide, so that a point is 1.4 of them
-# Okabe and Ito, https://jfly.uni-koeln.de/color/; in the order of routing_view.BACKGROUNDS.
-PALETTE = ("#e69f00", "#56b4e9", "#009e73", "#f0e442", "#0072b2", "#d55e00", "#cc79a7", "#000000")
+# matplotlib draws each character in the first font that has it. Only installed fonts, because it warns of others.
+FONTS = "Noto Sans CJK SC,Noto Sans CJK JP,Noto Sans SC,Source Han Sans SC,WenQuanYi Zen Hei,WenQuanYi Micro Hei,"
+FONTS += "Droid Sans Fallback,PingFang SC,Hiragino Sans GB,Heiti TC,Arial Unicode MS,Microsoft YaHei,SimHei"
+CHINESE = [name for name in FONTS.split(",") if name in fontManager.get_font_names()]
 STYLE: dict[str, Any] = {
-    "font.size": 10,
-    "axes.titlesize": 11,
+    "font.family": ["DejaVu Sans", *CHINESE],
+    "text.parse_math": False,  # a topic such as "$5 to $10" is text, not a formula
+    "figure.titlesize": 11,
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "svg.hashsalt": "minidoctor",  # names inside an SVG are drawn from it: the same picture, the same file
+    "svg.hashsalt": "minidoctor",  # fixes the random names in an SVG, so that equal plots are equal files
 }
-PARTS = {
-    "loss": ("loss (weighted sum of the others)", "nats"),
-    "lm": ("lm: language model", "nats per answer token"),
-    "balance": ("balance (1: all experts are used alike)", "no unit"),
-    "contrast": ("contrast", "nats per anchor"),
-}
-MOST_NUMBERS = 16  # legible ones side by side
-
-
-def new_figure(height: float) -> Figure:
-    return Figure(figsize=(WIDTH, height), layout="constrained")
+GLYPHS = {code for name in STYLE["font.family"] for code in get_font(findfont(name)).get_charmap()}
+WIDTH = 9.0  # inches
+COLUMNS = 100  # of the fixed-pitch sentence plot
+MAX_LABELS = 60  # rows of the topics plot: those with most tokens
 
 
 def loss_figure(rows: list[dict[str, float]]) -> Figure:
-    names = [name for name in PARTS if name in rows[-1]]
-    n_lines = (len(names) + 1) // 2
-    figure = new_figure(0.4 + 2.4 * n_lines)
-    width = max(1, len(rows) // 40)
-    for place, name in enumerate(names, start=1):
-        title, unit = PARTS[name]
+    """Plot the losses of metrics.jsonl per step, with a moving average."""
+    names, n = [name for name in ("loss", "lm", "balance", "contrast") if name in rows[-1]], max(1, len(rows) // 40)
+    figure = Figure(figsize=(WIDTH, 0.4 + 2.4 * math.ceil(len(names) / 2)), layout="constrained")
+    for index, name in enumerate(names, start=1):
         steps, values = zip(*((row["step"] + 1, row[name]) for row in rows if name in row), strict=True)
-        axes = figure.add_subplot(n_lines, 2, place)
+        windows = [values[max(0, i - n + 1) : i + 1] for i in range(len(values))]
+        axes = figure.add_subplot(math.ceil(len(names) / 2), 2, index)
         axes.plot(steps, values, color="0.7", linewidth=1)
-        means = [sum(part) / len(part) for part in (values[max(0, i - width + 1) : i + 1] for i in range(len(values)))]
-        axes.plot(steps, means, color=PALETTE[4], linewidth=2)
-        axes.set(title=title, ylabel=unit)
+        axes.plot(steps, [sum(window) / len(window) for window in windows], color=PALETTE[4], linewidth=2)
+        unit = "1: equal load" if name == "balance" else "nats"
+        axes.set(title=name, ylabel=unit, xlabel=f"step (blue: mean of {n})")
         if name in ("loss", "lm") and min(values) > 0:
-            logarithmic(axes)
-        if place > len(names) - 2:
-            axes.set_xlabel(f"step (blue: mean of {width})" if width > 1 else "step")
+            axes.set_yscale("log")
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.minorticks_off()
     return figure
 
 
-def logarithmic(axes: Axes) -> None:
-    """0.5, 1, 2, 5 and not powers of ten."""
-    axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-
-
-def heat(axes: Axes, values: Tensor, texts: list[list[str]], rows: list[str], **settings: Any) -> Any:
-    """(rows, E) as a table of colours, with numbers in it where they have room; NaN is grey."""
-    axes.set_facecolor("0.85")
-    image = axes.imshow(values.numpy(), aspect="auto", interpolation="nearest", **settings)
-    colours = ScalarMappable(image.norm, image.cmap)
-    for y, line in enumerate(texts if values.shape[1] <= MOST_NUMBERS else []):
-        for x, text in enumerate(line):
-            colour = readable_on(colours.to_rgba(values[y, x].item())) if text else "black"
-            axes.text(x, y, text, ha="center", va="center", fontsize=9, color=colour)
-    axes.set_yticks(range(len(rows)), rows)
-    axes.tick_params(length=0)
-    axes.spines[:].set_visible(False)
-    return image
-
-
-def mark_experts(axes: Axes, labels: list[str]) -> None:
-    apart = math.ceil(len(labels) / MOST_NUMBERS)
-    axes.set_xticks(range(0, len(labels), apart), labels[::apart])
-
-
-def readable_on(colour: Any) -> str:
-    """Black or white, whichever has more contrast: https://www.w3.org/TR/WCAG21/#dfn-contrast-ratio."""
-    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in to_rgb(colour)]
-    luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-    return "black" if luminance > 0.179 else "white"  # there both have the same contrast, 4.6
-
-
-def load_figure(load: Tensor, names: list[str]) -> Figure:
-    """load (L, E), each row's sum 1."""
-    n_experts = load.shape[1]
-    figure = new_figure(1.2 + 0.32 * len(names))
-    axes = figure.add_subplot()
-    texts = [[f"{share:.0%}" for share in row] for row in load.tolist()]
-    image = heat(axes, load, texts, names, cmap="cividis", vmin=0)
-    mark_experts(axes, [letter(e, n_experts) for e in range(n_experts)])
-    axes.set(xlabel="expert", title="Share of answer tokens whose first choice an expert is")
-    bar = figure.colorbar(image, format=lambda share, _: f"{share:.0%}")
-    bar.set_label(f"share of tokens (fair: {1 / n_experts:.1%})")
-    return figure
-
-
-def topics_figure(tables: dict[str, tuple[list[str], Tensor]], load: Tensor, title: str) -> Figure:
-    """For each kind of label its names and how much more often than on average an expert's tokens have it (J, E).
-
-    load (E,): the experts' shares of all tokens.
-    """
-    heights, n_experts = [len(names) for names, _ in tables.values()], len(load)
-    figure = new_figure(1.9 + 0.27 * sum(heights))
+def heat_figure(
+    tables: dict[str, tuple[list[str], Tensor]], experts: list[str], cell: str, title: str, unit: str, **colours: Any
+) -> Figure:
+    """Draw tables, each with row names and values (J, E), as coloured cells. `cell` formats a value; NaN is grey."""
+    heights, step = [len(names) for names, _ in tables.values()], math.ceil(len(experts) / 16)
+    figure = Figure(figsize=(WIDTH, 1.6 + 0.3 * sum(heights)), layout="constrained")
     grid = figure.subplots(len(tables), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
-    for axes, (kind, (names, lift)) in zip(grid, tables.items(), strict=True):
-        texts = [["" if value.isnan() else f"{value:.1f}" for value in row] for row in lift]
-        shades = lift.log2().clamp(-2, 2)  # of NaN it stays NaN
-        image = heat(axes, shades, texts, names, cmap="PuOr_r", vmin=-2, vmax=2)
-        axes.set_ylabel(kind)
-    mark_experts(grid[-1], [f"{letter(e, n_experts)}\n{share:.0%}" for e, share in enumerate(load.tolist())])
-    grid[-1].set_xlabel("expert, and its share of all answer tokens (grey: less than a tenth of its fair share)")
-    figure.suptitle(title, fontsize=11)
-    bar = figure.colorbar(image, ax=list(grid), ticks=[-2, -1, 0, 1, 2])
-    bar.ax.set_yticklabels(["1/4 or less", "1/2", "1", "2", "4 or more"])
-    bar.set_label("share of the expert's tokens / share of all tokens")
+    for axes, (kind, (names, values)) in zip(grid, tables.items(), strict=True):
+        axes.set(facecolor="0.85", ylabel=kind)
+        image = axes.imshow(values.numpy(), aspect="auto", interpolation="nearest", **colours)
+        for y, row in enumerate(values.tolist() if step == 1 else []):  # more experts leave no space for values
+            for x, value in enumerate(row):
+                light = sum(image.cmap(image.norm(value))[:3]) > 1.3  # red + green + blue, each at most 1
+                text = "" if math.isnan(value) else cell.format(x=value)
+                axes.text(x, y, text, ha="center", va="center", color="black" if light else "white")
+        axes.set_yticks(range(len(names)), names)
+        axes.set_xticks(range(0, len(experts), step), experts[::step])
+        axes.tick_params(length=0)
+        axes.spines[:].set_visible(False)
+    grid[-1].set_xlabel("expert")
+    figure.suptitle(title)
+    bar = figure.colorbar(image, ax=list(grid), format=cell, label=unit)
+    if "norm" in colours:
+        bar.set_ticks([1 / 4, 1 / 2, 1, 2, 4], labels=["1/4 or less", "1/2", "1", "2", "4 or more"], minor=False)
+        bar.minorticks_off()
     return figure
 
 
-def memory_figure(peaks: dict[str, list[int]], n_tokens: Sequence[int], title: str) -> Figure:
-    """Bytes for batches of so many tokens, by what is written beside the line: the upper one first."""
-    figure = new_figure(3.6)
-    axes = figure.add_subplot()
-    looks = ((PALETTE[5], "o", "right"), (PALETTE[4], "s", "left"))
-    for (text, values), (colour, marker, side) in zip(peaks.items(), looks, strict=True):
-        mib = [value / 2**20 for value in values]
-        axes.plot(n_tokens, mib, color=colour, marker=marker, linewidth=2)
-        axes.annotate(text, (n_tokens[1], mib[1]), (0, 10), textcoords="offset points", ha=side, color=colour)
-        axes.annotate(f"{mib[-1]:.3g} MiB", (n_tokens[-1], mib[-1]), (8, 0), textcoords="offset points", va="center")
-    axes.set_xscale("log", base=2)
-    logarithmic(axes)
-    axes.set_xticks(n_tokens, [f"{n // 1024}k" for n in n_tokens])
-    axes.set(xlabel="answer tokens in the batch", ylabel="peak memory (MiB a sublayer)", title=title)
-    axes.margins(x=0.12, y=0.15)
-    return figure
+def load_figure(top1: Top1, model: Model) -> Figure:
+    """Plot the share of tokens whose top-1 each expert is, per sublayer."""
+    assert model.adapter
+    n_experts = model.adapter.n_experts
+    experts = [letter(e, n_experts) for e in range(n_experts)]
+    tables = {"sublayer": (sublayer_names(model), statistics.expert_load(top1, n_experts))}  # (L, E)
+    title, unit = "Share of answer tokens whose top-1 each expert is", f"share of tokens (equal: {1 / n_experts:.1%})"
+    return heat_figure(tables, experts, "{x:.0%}", title, unit, cmap="cividis", vmin=0)
 
 
-def font_for(text: str) -> FontProperties | None:
-    """A font of this machine that has all the characters, matplotlib's own before others; None if there is none."""
+def topics_figure(top1: Top1, rows: list[Row], model: Model) -> Figure | None:
+    """Plot how much more often than average each expert's tokens have a topic and a language.
 
-    def rank(entry: Any) -> tuple[bool, int, str, str]:
-        weight = entry.weight if isinstance(entry.weight, int) else 400
-        return entry.style != "normal", abs(weight - 400), entry.name, entry.fname
+    For the sublayer with most information about the topics, or about the languages if there is only one topic. Return
+    None if there is only one language too.
+    """
+    assert model.adapter
+    n_experts = model.adapter.n_experts
+    labels = {"topic": [row.topic or "(none)" for row in rows], "language": [row.language for row in rows]}
+    labels = {kind: names for kind, names in labels.items() if len(set(names)) > 1}
+    if not labels:
+        return None
+    joint = statistics.joint_distribution(top1, next(iter(labels.values())), n_experts)  # (L, E, J)
+    best = int(statistics.mutual_information(joint).argmax())
+    top1 = top1._replace(expert_ids=top1.expert_ids[best : best + 1])  # (1, n)
+    tables, notes = {}, []
+    for kind, names in labels.items():
+        bits, shuffled = statistics.label_information(top1, names, n_experts)
+        notes.append(f"{bits:.2f} bits about the {kind} ({shuffled:.2f} with {kind}s shuffled)")
+        joint = statistics.joint_distribution(top1, names, n_experts)[0]  # (E, J)
+        chosen = joint.sum(0).argsort(descending=True, stable=True)[:MAX_LABELS].sort().values
+        shown = [sorted(set(names))[j] for j in chosen]
+        tables[kind] = (drawable_names(kind, shown), statistics.lift(joint).T[chosen])  # (J, E)
+        if len(chosen) < joint.shape[1]:
+            print(f"topics: the {MAX_LABELS} {kind}s with most tokens, of {joint.shape[1]}", file=sys.stderr)
+    load = statistics.expert_load(top1, n_experts)[0].tolist()
+    experts = [f"{letter(e, n_experts)}\n{share:.0%}" for e, share in enumerate(load)]
+    title = f"Information of the top-1 expert in {sublayer_names(model)[best]}:\n{', '.join(notes)}"
+    unit = "share of the expert's tokens / share of all tokens (grey: underused)"
+    norm = LogNorm(1 / 4, 4, clip=True)
+    return heat_figure(tables, experts, "{x:.1f}", title, unit, cmap="PuOr_r", norm=norm)
 
-    # One font has a box with a question mark for every character there is.
-    others = [entry.fname for entry in sorted(fontManager.ttflist, key=rank) if "Last Resort" not in entry.name]
-    for path in dict.fromkeys([findfont("DejaVu Sans"), *others]):
-        try:
-            font = FT2Font(path)
-            if all(font.get_char_index(ord(char)) for char in set(text) if not char.isspace()):
-                return FontProperties(fname=path)
-        except (OSError, RuntimeError):  # listed and no longer there, or of a kind that cannot be drawn
+
+def has_glyphs(text: str) -> bool:
+    return all(ord(char) in GLYPHS for char in text if not char.isspace())
+
+
+def drawable_names(kind: str, names: list[str]) -> list[str]:
+    """Return the names, shortened to 20 characters, and the number of a name without glyphs, which is printed."""
+    shown = []
+    for i, name in enumerate(names, start=1):
+        name = " ".join(printable(name).split())
+        short = name if len(name) <= 20 else name[:19] + "…"
+        if not has_glyphs(short):
+            print(f"topics: {kind} {i} is {name}")
+            short = str(i)
+        shown.append(short)
+    return shown
+
+
+def sentence_figure(sentences: dict[str, list[RoutedText]], model: Model, sublayer: int) -> Figure | None:
+    """Draw each text in a box with the colour of its expert and the expert's letter below, in fixed-pitch columns.
+
+    `sentences` are texts by language. Those with a character that has no glyph are reported and left out.
+    """
+    assert model.adapter
+    boxes, line = [], 1
+    for language, texts in sentences.items():
+        if not has_glyphs("".join(text for text, _ in texts)):
+            print(f"sentence: no {language} sentence, no installed font has all its characters", file=sys.stderr)
             continue
-    return None
-
-
-def laid_out(pieces: list[RoutedText], font: FontProperties, width: float) -> list[tuple[int, float, float]]:
-    """Line, left edge and width in points of each piece's box: broken where a line of this width is full."""
-    boxes, line, x = [], 0, 0.0
-    for text, experts in pieces:
-        shown = text.strip().replace("$", "S")  # between two of those it would be read as a formula
-        wide = TextPath((0, 0), shown, size=12, prop=font).get_extents().width if shown else 0.0
-        wide = max(wide, 6.5 * len(experts)) + 6
-        x += 6 if text[:1].isspace() else 0  # a new word
-        if x and x + wide > width:
-            line, x = line + 1, 0.0
-        boxes.append((line, x, wide))
-        x += wide + 2
-    return boxes
-
-
-def sentence_figure(sentences: list[tuple[list[RoutedText], FontProperties]], n_experts: int, title: str) -> Figure:
-    """Every token in a box with the colour of its expert and, below it, the letter."""
-    margin, line_height, apart = 12.0, 40.0, 14.0  # points; `apart`: two sentences
-    placed = [laid_out(pieces, font, 72 * WIDTH - 2 * margin) for pieces, font in sentences]
-    height = 36.0 + sum(line_height * (boxes[-1][0] + 1) + apart for boxes in placed)
-    figure = Figure(figsize=(WIDTH, height / 72))
-    axes = figure.add_axes((0, 0, 1, 1), xlim=(0, 72 * WIDTH), ylim=(height, 0))
+        column = 1
+        for text, experts in texts:
+            letters = ",".join(letter(e, model.adapter.n_experts) for e in experts)
+            n_wide = sum(unicodedata.east_asian_width(char) in "WF" for char in text)  # two columns each
+            width = 1 + max(len(text.strip()) + n_wide, len(letters))
+            column += text[:1].isspace()  # between words
+            if column + width > COLUMNS:
+                line, column = line + 1, 1
+            boxes.append((column, line, width, f"{text.strip()}\n{letters}", PALETTE[experts[-1] % len(PALETTE)]))
+            column += width
+        line += 2
+    figure = Figure(figsize=(WIDTH, 0.42 * line))
+    axes = figure.add_axes((0, 0, 1, 1), xlim=(0, COLUMNS), ylim=(line, 0))
     axes.axis("off")
-    axes.text(margin, 20, title, va="center", fontsize=11)
-
-    def box(x: float, y: float, wide: float, tall: float, expert: int, text: str, **settings: Any) -> None:
-        colour = PALETTE[expert % len(PALETTE)]
-        axes.add_patch(Rectangle((x, y), wide, tall, facecolor=colour, linewidth=0))
-        where = {"ha": "center", "va": "center", "color": readable_on(colour), "parse_math": False}
-        axes.text(x + wide / 2, y + tall / 2, text, **where, **settings)
-
-    y = 36.0
-    for (pieces, font), boxes in zip(sentences, placed, strict=True):
-        for (text, experts), (line, x, wide) in zip(pieces, boxes, strict=True):
-            left, top, each = margin + x, y + line_height * line, wide / len(experts)
-            box(left, top, wide, 19, experts[-1], text.strip(), fontproperties=font, fontsize=12)
-            for i, expert in enumerate(experts):
-                box(left + i * each, top + 19, each, 13, expert, letter(expert, n_experts), fontsize=9)
-        y += line_height * (boxes[-1][0] + 1) + apart
-    return figure
+    axes.text(1, 0.5, f"Top-1 expert of each token, {sublayer_names(model)[sublayer]}", va="center")
+    pitch = {"ha": "center", "va": "center", "fontfamily": ["DejaVu Sans Mono", *CHINESE]}
+    for column, y, width, text, colour in boxes:
+        axes.add_patch(Rectangle((column, y), width - 0.2, 0.9, color=colour))
+        axes.text(column + width / 2 - 0.1, y + 0.45, text, **pitch)
+    return figure if boxes else None
 
 
 def save(figure: Figure, out: Path, name: str) -> list[Path]:
+    """Write the figure as PNG and SVG and return their paths."""
     paths = []
     for kind, metadata in (("png", {"Software": None}), ("svg", {"Date": None})):
-        content = io.BytesIO()  # renamed into place when whole, as everything
+        content = io.BytesIO()
         figure.savefig(content, format=kind, dpi=150, metadata=metadata)
         paths.append(out / f"{name}.{kind}")
         write_atomically(paths[-1], content.getvalue())

@@ -1,61 +1,52 @@
-"""Which expert each token of a text goes to first, for a terminal: in colours, or with letters where it has none.
+"""Text with the top-1 expert of each token, for a terminal: as background colours, or as letters without colours.
 
     痛风[A]属于[C]风湿[C]科[A]
-    layer 3 feed-forward, first expert of 4 tokens:  A 2  B 0  C 2  D 0
+    layer 3 feed-forward, top-1 expert of 4 tokens:  A 2  B 0  C 2  D 0
 
-A token is routed where it stands itself, on the way to the token that follows it.
+The expert shown with a token was chosen at its position, where the model predicts the next token.
 """
 
 from typing import NamedTuple
 
 import torch
 
-from minidoctor.config import UserError
+from minidoctor.config import UserError, check
 from minidoctor.model import Model
 from minidoctor.router import Router
-from minidoctor.text.stream import INCOMPLETE, TextStream, printable
+from minidoctor.text.stream import TextStream, printable
 from minidoctor.text.tokenizer import Tokenizer
 
-# Of the 256 colours that terminals know, those near the palette of Okabe and Ito (https://jfly.uni-koeln.de/color/),
-# which the colour-blind tell apart; its blue lighter and its black a grey, so that black text has a contrast above 5.
-BACKGROUNDS = (214, 117, 36, 227, 69, 202, 176, 250)
-
-
-class Sublayer(NamedTuple):
-    layer: int
-    kind: str
-
-    def __str__(self) -> str:
-        return f"layer {self.layer} {self.kind}"
+# Eight of the 256 colours of terminals and their RGB values, close to those of Okabe and Ito for colour-blind readers
+# (https://jfly.uni-koeln.de/color/) and light enough for black text: its contrast is above 5 on each.
+CODES = (214, 117, 36, 227, 69, 202, 176, 250)
+PALETTE = ("#ffaf00", "#87d7ff", "#00af87", "#ffff5f", "#5f87ff", "#ff5f00", "#d787d7", "#bcbcbc")
 
 
 class RoutedText(NamedTuple):
-    """Text, and the first experts of its tokens: of one, or of the bytes that spell a character."""
+    """Displayed text and the top-1 experts of its tokens: several if they spell one character in bytes."""
 
     text: str
     experts: tuple[int, ...]
 
 
-def sublayers(model: Model) -> list[Sublayer]:
-    """Those with a router, in the order of the routings. Raises ValueError if there is none."""
-    kinds = {"self_attn": "attention", "mlp": "feed-forward"}
-    found = []
+def sublayer_names(model: Model) -> list[str]:
+    """Return names such as "layer 3 feed-forward" in the order of the routings. Raises UserError without a router."""
+    kinds, names = {"self_attn": "attention", "mlp": "feed-forward"}, []
     for name, module in model.named_modules():
         if isinstance(module, Router):  # model.layers.0.mlp.router
             _, _, layer, sublayer, _ = name.split(".")
-            found.append(Sublayer(int(layer), kinds[sublayer]))
-    if not found:
-        raise UserError("this model has no router: that needs an adapter with more than one expert")
-    return found
+            names.append(f"layer {layer} {kinds[sublayer]}")
+    if not names:
+        raise UserError("this model has no router; it needs an adapter with more than one expert")
+    return names
 
 
 def choose_sublayer(model: Model, layer: int | None) -> int:
-    """The place of a layer's (None: the last one's) routing: its feed-forward's, or else its attention's."""
-    found, last = sublayers(model), model.config.n_layers - 1
-    wanted = last if layer is None else layer
-    if not 0 <= wanted <= last:
-        raise UserError(f"--layer must be between 0 and {last}, got {wanted}")
-    return max(place for place, sublayer in enumerate(found) if sublayer.layer == wanted)
+    """Return the index of a layer's routing, by default the last layer's: of its feed-forward, else its attention."""
+    names, last = sublayer_names(model), model.config.n_layers - 1
+    layer = last if layer is None else layer
+    check(0 <= layer <= last, f"--layer must be between 0 and {last}, got {layer}")
+    return max(i for i, name in enumerate(names) if name.startswith(f"layer {layer} "))
 
 
 def letter(expert: int, n_experts: int) -> str:
@@ -69,62 +60,53 @@ def top1_of_tokens(model: Model, tokens: list[int], sublayer: int) -> list[int]:
 
 
 def routed_texts(tokenizer: Tokenizer, tokens: list[int], experts: list[int]) -> list[RoutedText]:
-    """Tokens and their experts as pieces of text. Control tokens go by their names, those without text are a space.
-
-    (SentencePiece may begin a text with a token for the space before its first word, which is no part of it.)
-    """
-    pieces: list[RoutedText] = []
-    text, waiting = TextStream(tokenizer), list[int]()  # experts of the bytes that are no character yet
-
-    def end() -> None:
-        if waiting:
-            pieces.append(RoutedText(text.rest(), tuple(waiting)))
-
+    """Decode tokens one by one: special tokens by name, tokens without text as a space, bytes joined to characters."""
+    texts: list[RoutedText] = []
+    stream, pending = TextStream(tokenizer), list[int]()  # experts of bytes that are not a character yet
     for token, expert in zip(tokens, experts, strict=True):
         if name := tokenizer.names.get(token):
-            end()
-            pieces.append(RoutedText(name, (expert,)))
-            text, waiting = TextStream(tokenizer), []
-        else:
-            waiting.append(expert)
-            new = text.push(token)
-            if new or not tokenizer.decode(text.ids).endswith(INCOMPLETE):
-                pieces.append(RoutedText(new or " ", tuple(waiting)))
-                waiting = []
-    end()
-    return pieces
+            if pending:
+                texts.append(RoutedText(stream.rest(), tuple(pending)))
+            texts.append(RoutedText(name, (expert,)))
+            stream, pending = TextStream(tokenizer), []
+            continue
+        pending.append(expert)
+        text = stream.push(token)
+        if text or not stream.incomplete:
+            texts.append(RoutedText(text or " ", tuple(pending)))
+            pending = []
+    if pending:
+        texts.append(RoutedText(stream.rest(), tuple(pending)))
+    # Line breaks are escaped: some terminals extend a background colour to the end of the line.
+    return [t._replace(text=printable(t.text).replace("\n", "\\n").replace("\t", "\\t")) for t in texts]
 
 
 def question_start(tokenizer: Tokenizer, messages: list[dict[str, str]]) -> int:
-    """Where the last message begins in the prompt: there it parts from the same conversation with another one."""
+    """Return the index of the last message's first token: where the prompt first differs for another last message."""
     prompt = tokenizer.chat(messages)
-    other = tokenizer.chat([*messages[:-1], {**messages[-1], "content": "\0"}])
-    return next((i for i, (a, b) in enumerate(zip(prompt, other, strict=False)) if a != b), 0)
+    changed = tokenizer.chat([*messages[:-1], {**messages[-1], "content": "\0"}])
+    return next((i for i, (a, b) in enumerate(zip(prompt, changed, strict=False)) if a != b), 0)
 
 
 def routing_text(model: Model, tokenizer: Tokenizer, tokens: list[int], start: int, sublayer: int, colour: bool) -> str:
-    """The tokens from `start` on with the experts that they go to, having read those before, and a legend.
+    """Return the tokens from `start` with their experts and a legend with counts. The earlier tokens are context.
 
-    Without colour every piece has its expert behind it, `"gout[C]"`; with more experts than colours it has with it.
+    Letters follow the text if there are no colours, as in "gout[C]", or more experts than colours.
     """
     assert model.adapter
     n_experts = model.adapter.n_experts
     experts = top1_of_tokens(model, tokens, sublayer)[start:]
-    letters = not colour or n_experts > len(BACKGROUNDS)
 
     def painted(text: str, expert: int) -> str:
-        background = BACKGROUNDS[expert % len(BACKGROUNDS)]
-        return f"\x1b[30;48;5;{background}m{text}\x1b[0m" if colour else text
+        return f"\x1b[30;48;5;{CODES[expert % len(CODES)]}m{text}\x1b[0m" if colour else text
 
-    line = ""
-    for text, of_piece in routed_texts(tokenizer, tokens[start:], experts):
-        # A line break is shown as such and not made: colours run on to the end of the line in some terminals.
-        safe = printable(text).replace("\n", "\\n").replace("\t", "\\t")
-        names = ",".join(letter(expert, n_experts) for expert in of_piece)
-        line += painted(safe + (f"[{names}]" if letters else ""), of_piece[-1])
-    counts = (
-        painted(f" {letter(e, n_experts)} " if colour else letter(e, n_experts), e) + f" {experts.count(e)}"
-        for e in range(n_experts)
-    )
-    where = sublayers(model)[sublayer]
-    return f"{line}\n{where}, first expert of {len(experts)} tokens:  {'  '.join(counts)}"
+    line, counts = "", []
+    for text, chosen in routed_texts(tokenizer, tokens[start:], experts):
+        if not colour or n_experts > len(CODES):
+            text += f"[{','.join(letter(e, n_experts) for e in chosen)}]"
+        line += painted(text, chosen[-1])
+    for e in range(n_experts):
+        name = letter(e, n_experts)
+        counts.append(f"{painted(f' {name} ' if colour else name, e)} {experts.count(e)}")
+    name = sublayer_names(model)[sublayer]
+    return f"{line}\n{name}, top-1 expert of {len(experts)} tokens:  {'  '.join(counts)}"

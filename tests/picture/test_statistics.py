@@ -4,16 +4,18 @@ from collections import Counter
 import pytest
 import torch
 
-from minidoctor.config import AdapterConfig
+from minidoctor.config import AdapterConfig, UserError
 from minidoctor.lora import LoRAExperts
 from minidoctor.model import Model
 from minidoctor.picture.statistics import (
     Top1,
+    expert_load,
+    joint_distribution,
     label_information,
+    lift,
     load_statistics,
     mean_cosine_similarity,
     mutual_information,
-    shares,
     top1_experts,
 )
 from minidoctor.questions.json_rows import parse_row
@@ -25,70 +27,90 @@ ROWS = [
 ]
 
 
-def test_served_is_what_each_question_alone_is_routed_to(adapted, tokenizer):
-    together = top1_experts(adapted, tokenizer, ROWS, batch_size=2)
+def test_top1_experts_of_a_batch_equal_those_of_single_questions(adapted, tokenizer):
+    batched = top1_experts(adapted, tokenizer, ROWS, batch_size=2)
     for i, row in enumerate(ROWS):
-        alone = top1_experts(adapted, tokenizer, [row])
-        assert torch.equal(together.expert_ids[:, together.question == i], alone.expert_ids)
-    assert len(set(together.expert_ids.flatten().tolist())) > 1
-    n_answers = len(tokenizer.encode(" wheezing"))
-    assert n_answers <= int((together.question == 2).sum()) <= n_answers + 1  # and the token that ends it
+        single = top1_experts(adapted, tokenizer, [row])
+        assert torch.equal(batched.expert_ids[:, batched.question == i], single.expert_ids)
+    assert len(set(batched.expert_ids.flatten().tolist())) > 1
+    n_answer = len(tokenizer.encode(" wheezing"))
+    assert n_answer <= int((batched.question == 2).sum()) <= n_answer + 1  # plus the token that ends the answer
 
 
-def test_a_model_without_a_router_is_refused(model, tokenizer):
-    with pytest.raises(ValueError, match="no router"):
+def test_top1_experts_need_a_router_and_an_answer(model, adapted, tokenizer):
+    with pytest.raises(UserError, match="no router"):
         top1_experts(model, tokenizer, ROWS)
+    with pytest.raises(UserError, match="first 2 tokens"):
+        top1_experts(adapted, tokenizer, ROWS, max_seq_len=2)
 
 
-def test_shares_count_tokens():
-    ids, labels = torch.randint(0, 3, (2, 50)), torch.randint(0, 4, (50,))
-    joint = shares(labels, ids, 3)
+def test_joint_distribution_counts_tokens():
+    question, labels = torch.randint(0, 5, (50,)), ["b", "a", "d", "a", "c"]
+    top1 = Top1(torch.randint(0, 3, (2, 50)), question)
+    joint, load = joint_distribution(top1, labels, 3), expert_load(top1, 3)
     for layer in range(2):
-        counted = Counter(zip(ids[layer].tolist(), labels.tolist(), strict=True))
+        experts = top1.expert_ids[layer].tolist()
+        counts = Counter((e, labels[q]) for e, q in zip(experts, question.tolist(), strict=True))
         for e in range(3):
-            for j in range(4):
-                assert joint[layer, e, j].item() == pytest.approx(counted[e, j] / 50)
+            assert load[layer, e].item() == pytest.approx(experts.count(e) / 50)
+            for j, label in enumerate("abcd"):
+                assert joint[layer, e, j].item() == pytest.approx(counts[e, label] / 50)
 
 
-def test_mutual_information_of_the_textbook():
-    # Independent: 0; a copy of a fair coin: one bit; layers are averaged.
-    independent, copy = torch.full((2, 2), 0.25), torch.eye(2) / 2
-    joint = torch.stack([independent, copy]).double()
-    assert mutual_information(joint) == pytest.approx(0.5)
+def test_joint_distribution_has_a_column_for_a_label_without_tokens():
+    top1 = Top1(torch.tensor([[0, 1]]), torch.tensor([0, 0]))
+    assert joint_distribution(top1, ["a", "b"], 2).tolist() == [[[0.5, 0], [0.5, 0]]]
 
 
-def test_shuffled_labels_show_what_is_chance():
-    torch.manual_seed(0)
+def test_mutual_information_of_independence_is_0_and_of_a_copied_fair_coin_1_bit():
+    joint = torch.stack([torch.full((2, 2), 0.25), torch.eye(2) / 2]).double()
+    assert mutual_information(joint).tolist() == pytest.approx([0, 1])
+
+
+def test_shuffled_label_information_is_chance_level():
     question = torch.arange(200).repeat_interleave(3)
     labels = ["ab"[i % 2] for i in range(200)]
-    told = Top1((question % 2)[None], question)  # the expert is the label
-    found = label_information(told, labels, 2)
-    assert found["bits"] == pytest.approx(1)
-    assert found["shuffled"] < 0.05
-    blind = Top1(torch.randint(0, 2, (1, 600)), question)
-    found = label_information(blind, labels, 2)
-    assert found["bits"] < 0.03
-    assert 0 < found["shuffled"] < 0.03
+    specialized = Top1((question % 2)[None], question)  # the expert equals the label
+    information = label_information(specialized, labels, 2)
+    assert information.bits == pytest.approx(1)
+    assert 0 < information.shuffled < 0.05
+    unrelated = Top1(torch.randint(0, 2, (1, 600)), question)
+    information = label_information(unrelated, labels, 2)
+    assert information.bits < 0.03
+    assert 0 < information.shuffled < 0.03
 
 
-def test_load():
-    even = Top1(torch.arange(80).remainder(4)[None], torch.zeros(80, dtype=torch.long))
-    assert load_statistics(even, 4) == {"entropy": pytest.approx(1), "starved": 0, "experts": 4, "least": 0.25}
-    uneven = Top1(torch.tensor([[0] * 79 + [1]]), torch.zeros(80, dtype=torch.long))
-    found = load_statistics(uneven, 4)
-    assert found["starved"] == 3  # one share in eighty is below a tenth of a quarter
-    p = 1 / 80
-    assert found["entropy"] == pytest.approx(-(p * math.log(p) + (1 - p) * math.log(1 - p)) / math.log(4))
+def test_lift_is_the_ratio_of_counted_shares_and_nan_for_underused_experts():
+    labels = ["a", "b", "c", "b", "a"]
+    top1 = Top1(torch.randint(0, 4, (1, 400)), torch.randint(0, 5, (400,)))
+    top1.expert_ids[top1.expert_ids == 3] = 2
+    top1.expert_ids[0, 0] = 3  # one token of 400
+    pairs = list(zip(top1.expert_ids[0].tolist(), [labels[q] for q in top1.question.tolist()], strict=True))
+    values = lift(joint_distribution(top1, labels, 4)[0])  # (E, J)
+    for j, label in enumerate("abc"):
+        share = sum(name == label for _, name in pairs) / 400
+        for e in range(3):
+            of_expert = [name for expert, name in pairs if expert == e]
+            assert values[e, j].item() == pytest.approx(of_expert.count(label) / len(of_expert) / share)
+        assert values[3, j].isnan()
 
 
-def test_likeness_is_the_cosine_of_written_out_updates(config):
+def test_load_statistics_of_equal_and_unequal_loads():
+    equal = Top1(torch.arange(80).remainder(4)[None], torch.zeros(80, dtype=torch.long))
+    assert load_statistics(equal, 4) == (pytest.approx(1), 0, 0.25)
+    unequal = Top1(torch.tensor([[0] * 79 + [1]]), torch.zeros(80, dtype=torch.long))
+    p = 1 / 80  # below a tenth of a quarter, so three experts are underused
+    entropy = -(p * math.log(p) + (1 - p) * math.log(1 - p)) / math.log(4)
+    assert load_statistics(unequal, 4) == (pytest.approx(entropy), 3, 0)
+
+
+def test_mean_cosine_similarity_equals_that_of_the_update_matrices(config):
     model = Model(config, AdapterConfig(3, 2, 2, targets=("up_proj", "down_proj")))
     expected = []
     for layer in model.modules():
         if isinstance(layer, LoRAExperts):
             torch.nn.init.normal_(layer.lora_b)
-            updates = torch.stack([
-                (layer.lora_b[:, 2 * e : 2 * e + 2] @ layer.lora_a[2 * e : 2 * e + 2]).flatten() for e in range(3)
-            ])  # fmt: skip
+            slices = [slice(2 * e, 2 * e + 2) for e in range(3)]
+            updates = [(layer.lora_b[:, rows] @ layer.lora_a[rows]).flatten() for rows in slices]
             expected += [torch.cosine_similarity(updates[i], updates[j], dim=0) for i, j in ((0, 1), (0, 2), (1, 2))]
     assert mean_cosine_similarity(model) == pytest.approx(torch.stack(expected).mean().item(), abs=1e-6)
