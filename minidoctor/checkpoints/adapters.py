@@ -1,17 +1,25 @@
-"""TODO"""
+"""Adapters: saved with a description of their base, and loaded onto it.
+
+    adapter_config.json      the experts' configuration, the base that they were trained on, the chat format
+    adapter.safetensors      experts and routers
+
+A directory in the layout of the package `peft` is an adapter too. Other files of the directory are ignored.
+"""
 
 import dataclasses
 import os
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from minidoctor.checkpoints.families import read_model_config
 from minidoctor.checkpoints.hugging_face import checkpoint_hash, load_model
-from minidoctor.checkpoints.peft import WEIGHTS, is_peft, our_name, read_peft_config
-from minidoctor.config import AdapterConfig, UserError
+from minidoctor.checkpoints.peft import WEIGHTS, from_peft_name, is_peft, read_peft_config
+from minidoctor.config import AdapterConfig, UserError, check
 from minidoctor.files.json_files import from_json, read_object, write_json
 from minidoctor.files.safetensors import read_header, read_tensors
 from minidoctor.model import Model, adapter_state
@@ -22,6 +30,15 @@ CONFIG, ADAPTER = "adapter_config.json", "adapter.safetensors"
 ADAPTER_FILES = (CONFIG, ADAPTER, "training_state.safetensors", WEIGHTS, "adapter_model.bin")
 
 
+@dataclasses.dataclass(frozen=True)
+class BaseDescription:
+    """The base that an adapter was trained on."""
+
+    name: str
+    model: dict[str, Any]  # the fields of its ModelConfig
+    checkpoint_hash: str
+
+
 def has_adapter(directory: str | Path) -> bool:
     """Return whether the directory contains any file of an adapter, so that a run must not write there."""
     return any(os.path.lexists(Path(directory) / name) for name in ADAPTER_FILES)
@@ -29,35 +46,27 @@ def has_adapter(directory: str | Path) -> bool:
 
 def save_adapter_config(out: Path, base: str, adapter: AdapterConfig, chat_format: str = "auto") -> None:
     out.mkdir(parents=True, exist_ok=True)
-    description = {
-        "name": Path(base).resolve().name,
-        "model": dataclasses.asdict(read_model_config(base)),
-        "fingerprint": checkpoint_hash(base),
-    }
-    content = {"base": description, "adapter": dataclasses.asdict(adapter), "chat_format": chat_format}
-    write_json(out / CONFIG, content)
+    model = dataclasses.asdict(read_model_config(base))
+    description = BaseDescription(Path(base).resolve().name, model, checkpoint_hash(base))
+    content = {"base": dataclasses.asdict(description), "adapter": dataclasses.asdict(adapter)}
+    write_json(out / CONFIG, content | {"chat_format": chat_format})
 
 
 def read_adapter_config(directory: Path, base: str | Path) -> AdapterConfig:
-    """Raises FileNotFoundError, or ValueError if the adapter is damaged or belongs to another base."""
+    """Read the configuration. Raises FileNotFoundError, or UserError if it is damaged or belongs to another base."""
     path = directory / CONFIG
     content, present = read_object(path), dataclasses.asdict(read_model_config(base))
     try:
         adapter = from_json(AdapterConfig, content["adapter"])
-        name, model, expected = (content["base"][key] for key in ("name", "model", "fingerprint"))
-        trained_on = [(key, model[key], value) for key, value in present.items()]
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: no adapter configuration ({error})") from None
-    for key, before, now in trained_on:
-        if before != now:
-            raise UserError(
-                f"{path}: the adapter was trained on {name!r} with {key} {before!r:.60}, {base} has {now!r}"
-            )
-    if (found := checkpoint_hash(base)) != expected:
-        raise UserError(
-            f"{path}: the adapter was trained on {name!r} (fingerprint {str(expected)[:12]}), "
-            f"{base} has the same shape and other weights (fingerprint {found[:12]})"
-        )
+        renamed = {"checkpoint_hash" if key == "fingerprint" else key: v for key, v in content["base"].items()}
+        trained_on = from_json(BaseDescription, renamed)  # "fingerprint" was the key in 2025
+        pairs = [(key, trained_on.model[key], value) for key, value in present.items()]
+    except (KeyError, AttributeError, UserError) as error:
+        raise UserError(f"{path}: not an adapter configuration ({error})") from None
+    # The hash last: if the shapes differ too, they are what explains the rejection.
+    for key, before, now in [*pairs, ("checkpoint_hash", trained_on.checkpoint_hash, checkpoint_hash(base))]:
+        difference = f"{key} {before!r:.70}, {base} has {now!r:.70}"
+        check(before == now, f"{path}: the adapter was trained on {trained_on.name!r} with {difference}")
     return adapter
 
 
@@ -67,15 +76,15 @@ def load_adapted_model(
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
 ) -> Model:
-    """The base with its trained experts, or with a plain LoRA of the package `peft`, in eval mode.
+    """Load a base with trained experts, or with a plain LoRA of the package `peft`, in eval mode.
 
-    Raises FileNotFoundError or ValueError.
+    Raises FileNotFoundError or UserError.
     """
     directory = Path(directory)
     if is_peft(directory):
         check_peft_base(directory, base)
         model = load_model(base, dtype, device, read_peft_config(directory))
-        load_into(adapter_state(model), directory / WEIGHTS, our_name)
+        load_into(adapter_state(model), directory / WEIGHTS, from_peft_name)
     else:
         model = load_model(base, dtype, device, read_adapter_config(directory, base))
         load_into(adapter_state(model), directory / ADAPTER)
@@ -83,67 +92,63 @@ def load_adapted_model(
 
 
 def check_peft_base(directory: Path, base: str | Path) -> None:
-    """Raises ValueError if an adapter that was exported here belongs to another base; others do not say."""
-    _, metadata = read_header(directory / WEIGHTS)
-    if metadata.get("base_fingerprint", found := checkpoint_hash(base)) != found:
-        raise UserError(f"{directory / WEIGHTS}: the adapter was trained on another model than {base}")
+    """Raise UserError if an adapter that was exported here was trained on another base. Others have no hash."""
+    metadata = read_header(directory / WEIGHTS)[1]
+    present = checkpoint_hash(base)
+    trained_on = metadata.get("base_checkpoint_hash", metadata.get("base_fingerprint", present))
+    check(trained_on == present, f"{directory / WEIGHTS}: the adapter was trained on another model than {base}")
 
 
-def load_into(state: dict[str, Tensor], path: Path, our_name: Callable[[str], str] | None = None) -> None:
-    """Copies a file's tensors into those given, which must be the same by name, shape and dtype.
+def load_into(state: dict[str, Tensor], path: Path, rename: Callable[[str], str] | None = None) -> None:
+    """Copy a file's tensors into `state`, which must have the same names, shapes and dtypes. Raises UserError.
 
-    With `our_name` it is a file of another program: it has names and a precision of its own.
+    With `rename`, for files of another program, any floating-point dtype is accepted.
     """
-    rename = our_name or (lambda name: name)
-    stored = read_header(path)[0]
-    names = [rename(name) for name in stored]
-    entries = dict(zip(names, stored.values(), strict=True))
-    if len(entries) < len(names):
-        raise UserError(f"{path}: {max(names, key=names.count)} stands twice, under different names")
-    if different := set(entries) ^ set(state):
-        raise UserError(f"{path}: {len(different)} tensors are missing or unexpected: {min(different)}")
-    for name, entry in entries.items():
-        wanted = state[name]
-        same = entry.dtype == wanted.dtype or (our_name and entry.dtype.is_floating_point)
-        if entry.shape != tuple(wanted.shape) or not same:
-            raise UserError(
-                f"{path}: {name} is {entry.dtype} {entry.shape}, expected {wanted.dtype} {tuple(wanted.shape)}"
-            )
+    entries = read_header(path)[0]
+    names = {name: rename(name) if rename else name for name in entries}
+    repeated = [name for name, count in Counter(names.values()).items() if count > 1]
+    check(not repeated, f"{path}: {', '.join(repeated[:1])} is stored under two names")
+    different = set(names.values()) ^ set(state)
+    check(not different, f"{path}: {len(different)} tensors are missing or unexpected: {min(different, default='')}")
+    for stored_name, name in names.items():
+        dtype, shape = entries[stored_name].dtype, entries[stored_name].shape
+        matching = dtype == state[name].dtype or (rename is not None and dtype.is_floating_point)
+        expected = f"expected {state[name].dtype} {tuple(state[name].shape)}"
+        check(matching and shape == state[name].shape, f"{path}: {name} is {dtype} {shape}, {expected}")
     with torch.no_grad():
-        for name, tensor in read_tensors(path):
-            state[rename(name)].copy_(tensor)
+        for stored_name, tensor in read_tensors(path):
+            state[names[stored_name]].copy_(tensor)
 
 
 def load(
-    base: str,
-    adapter: str | None,
-    dtype: torch.dtype,
-    device: torch.device,
+    base: str | Path,
+    adapter: str | Path | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
     chat_format: str = "auto",
     chats: bool = True,
 ) -> tuple[Model, Tokenizer]:
-    """What the programs ask: a base, with a trained adapter or alone, and its tokenizer.
+    """Load a base, with an adapter if there is one, and its tokenizer.
 
-    An adapter is asked in the chat format it was trained in. Raises FileNotFoundError or ValueError, also where no
-    chat format is known, unless `chats` is False.
+    With "auto" the chat format is that of the adapter's training, or that of the base. Raises FileNotFoundError or
+    UserError, also for an unknown chat format, unless `chats` is False.
     """
     if adapter and chat_format == "auto":
-        chat_format = trained_format(Path(adapter))
+        chat_format = read_chat_format(Path(adapter))
     tokenizer = load_tokenizer(base, chat_format)
-    if chats and not tokenizer.format:  # said before gigabytes are read
-        raise UserError(tokenizer.note)
+    check(not chats or tokenizer.format is not None, tokenizer.note)  # before gigabytes are read
     model = load_adapted_model(base, adapter, dtype, device) if adapter else load_model(base, dtype, device)
     check_vocabulary(base, model, tokenizer)
     return model, tokenizer
 
 
-def trained_format(adapter: Path) -> str:
-    """The chat format that an adapter was trained in; "auto" if it does not say."""
-    told = read_header(adapter / WEIGHTS)[1] if is_peft(adapter) else read_object(adapter / CONFIG)
-    return str(told.get("chat_format", "auto"))
+def read_chat_format(adapter: Path) -> str:
+    """Return the chat format that an adapter was trained in, or "auto" if it is not stored."""
+    stored = read_header(adapter / WEIGHTS)[1] if is_peft(adapter) else read_object(adapter / CONFIG)
+    return str(stored.get("chat_format", "auto"))
 
 
-def check_vocabulary(base: str, model: Model, tokenizer: Tokenizer) -> None:
-    """Raises ValueError if the tokenizer has tokens that the model has no row for."""
-    if tokenizer.vocab_size > model.config.vocab_size:
-        raise UserError(f"{base}: the tokenizer has {tokenizer.vocab_size} tokens, the model {model.config.vocab_size}")
+def check_vocabulary(base: str | Path, model: Model, tokenizer: Tokenizer) -> None:
+    """Raise UserError if the tokenizer has tokens for which the model has no embedding."""
+    n, rows = tokenizer.vocab_size, model.config.vocab_size
+    check(n <= rows, f"{base}: the tokenizer has {n} tokens, the model has embeddings for {rows}")

@@ -2,55 +2,37 @@ import json
 from dataclasses import replace
 
 import pytest
+from tiny_checkpoints import ABSENT, ARCHITECTURES, config_json
 
 from minidoctor.checkpoints.families import KEYS, config_settings, read_config, read_model_config
 from minidoctor.config import ModelConfig, RopeScaling
 
-ABSENT = object()
-KINDS = {  # model_type and architectures
-    "llama": ("llama", "LlamaForCausalLM"),
-    "mistral": ("mistral", "MistralForCausalLM"),
-    "qwen2": ("qwen2", "Qwen2ForCausalLM"),
-    "qwen3": ("qwen3", "Qwen3ForCausalLM"),
-    "baichuan": ("baichuan", "BaiChuanForCausalLM"),
-    "baichuan2": ("baichuan", "BaichuanForCausalLM"),
-}
-
-
-def settings(kind="llama", **changes):
-    """A small config.json of a family."""
-    model_type, architecture = KINDS[kind]
-    given = {"model_type": model_type, "architectures": [architecture], "vocab_size": 60, "hidden_size": 32}
-    given |= {"intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
-    given |= {"max_position_embeddings": 128, "sliding_window": None} | changes
-    return {key: value for key, value in given.items() if value is not ABSENT}
-
-
-# What `settings()` means.
+# The meaning of config_json().
 PLAIN = ModelConfig(60, 32, 2, 4, 2, 8, 48, max_seq_len=128, norm_eps=1e-6, rope_theta=1e4, tied=False)
 
 
 @pytest.fixture
 def read(tmp_path):
-    """The ModelConfig of a config.json with these settings, or of this text."""
+    """Return a function that reads the ModelConfig from settings, or from the text, of a config.json."""
 
-    def read(given):
-        (tmp_path / "config.json").write_text(given if isinstance(given, str) else json.dumps(given))
+    def read(content):
+        (tmp_path / "config.json").write_text(content if isinstance(content, str) else json.dumps(content))
         return read_model_config(tmp_path)
 
     return read
 
 
-def published(kind, layers, dim, ffn, heads, vocab, length, **more):
-    model_type, architecture = KINDS[kind]
-    given = {"model_type": model_type, "architectures": [architecture], "hidden_act": "silu", "vocab_size": vocab}
-    given |= {"num_hidden_layers": layers, "hidden_size": dim, "intermediate_size": ffn, "num_attention_heads": heads}
-    return given | {"max_position_embeddings": length, "use_cache": True} | more
+def published(kind, layers, dim, ffn, heads, vocab, length, **changes):
+    """Return settings with the keys of a published config.json."""
+    settings = config_json(kind, num_key_value_heads=ABSENT, sliding_window=ABSENT, tie_word_embeddings=ABSENT)
+    settings |= {"hidden_act": "silu", "vocab_size": vocab, "num_hidden_layers": layers, "hidden_size": dim}
+    settings |= {"intermediate_size": ffn, "num_attention_heads": heads, "max_position_embeddings": length}
+    return settings | {"use_cache": True} | changes
 
 
 LLAMA3 = {"factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-LLAMA3_MEANS = RopeScaling("llama3", 32.0, 1.0, 4.0, 8192)
-# The shapes of published checkpoints with the keys that their config.json have, and what they mean.
+LLAMA3_SCALING = RopeScaling("llama3", 32.0, 1.0, 4.0, 8192)
+# Shapes and keys of published checkpoints, and their meaning.
 CHECKPOINTS = {
     "Llama-2-7b": (
         published("llama", 32, 4096, 11008, 32, 32000, 4096, num_key_value_heads=32, rms_norm_eps=1e-5)
@@ -61,7 +43,7 @@ CHECKPOINTS = {
         published("llama", 16, 2048, 8192, 32, 128256, 131072, num_key_value_heads=8, rms_norm_eps=1e-5, head_dim=64)
         | {"rope_scaling": LLAMA3 | {"rope_type": "llama3"}, "rope_theta": 500000.0, "tie_word_embeddings": True}
         | {"attention_bias": False, "mlp_bias": False, "attention_dropout": 0.0, "eos_token_id": [128001, 128008]},
-        ModelConfig(128256, 2048, 16, 32, 8, 64, 8192, 131072, 1e-5, 5e5, tied=True, rope_scaling=LLAMA3_MEANS),
+        ModelConfig(128256, 2048, 16, 32, 8, 64, 8192, 131072, 1e-5, 5e5, tied=True, rope_scaling=LLAMA3_SCALING),
     ),
     "SmolLM2-135M": (
         published("llama", 30, 576, 1536, 9, 49152, 8192, num_key_value_heads=3, rms_norm_eps=1e-5, rope_theta=100000)
@@ -104,13 +86,13 @@ CHECKPOINTS = {
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
-def test_a_published_checkpoint_is_understood(read, name):
-    given, expected = CHECKPOINTS[name]
-    assert read(given) == expected
+def test_published_config_gives_model_config(read, name):
+    settings, expected = CHECKPOINTS[name]
+    assert read(settings) == expected
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
-def test_what_is_written_of_a_model_is_read_back_as_it_was(read, name):
+def test_written_settings_of_published_config_read_back_equal(read, name):
     config = CHECKPOINTS[name][1]
     assert read(config_settings(config)) == config
 
@@ -118,7 +100,7 @@ def test_what_is_written_of_a_model_is_read_back_as_it_was(read, name):
 @pytest.mark.parametrize("scaling", [None, RopeScaling("linear", 2.0), RopeScaling("llama3", 4.0, 1.5, 3.0, 64)])
 @pytest.mark.parametrize("switch", [{}, {"window": 16}, {"qkv_bias": True}, {"qk_norm": True, "head_dim": 16}])
 @pytest.mark.parametrize("tied", [True, False])
-def test_every_switch_with_every_scaling_is_read_back_as_it_was(read, scaling, switch, tied):
+def test_written_settings_of_every_switch_and_scaling_read_back_equal(read, scaling, switch, tied):
     config = replace(PLAIN, rope_scaling=scaling, tied=tied, rope_theta=77.5, norm_eps=3e-5, **switch)
     assert read(config_settings(config)) == config
 
@@ -126,53 +108,53 @@ def test_every_switch_with_every_scaling_is_read_back_as_it_was(read, scaling, s
 @pytest.mark.parametrize(
     "switches", [{"window": 4, "qkv_bias": True}, {"window": 4, "qk_norm": True}, {"qk_norm": True, "qkv_bias": True}]
 )
-def test_switches_that_no_family_has_together_are_not_written(switches):
-    with pytest.raises(ValueError, match="no family has this combination"):
+def test_config_settings_rejects_switches_that_no_family_combines(switches):
+    with pytest.raises(ValueError, match="window, qkv_bias and qk_norm"):
         config_settings(replace(PLAIN, **switches))
 
 
-def test_the_two_baichuan_of_7b_are_told_apart_by_the_spelling_of_their_class(tmp_path):
-    for kind, normed in (("baichuan", False), ("baichuan2", True)):
-        (tmp_path / "config.json").write_text(json.dumps(settings(kind)))
+def test_spelling_of_architecture_distinguishes_the_two_baichuan(tmp_path):
+    for kind, normalized in (("baichuan", False), ("baichuan2", True)):
+        (tmp_path / "config.json").write_text(json.dumps(config_json(kind)))
         config, family = read_config(tmp_path)
         assert config == PLAIN
-        assert (family.packed, family.normed_head) == (True, normed)
+        assert (family.packed, family.normalized_head) == (True, normalized)
     for kind in ("llama", "mistral", "qwen2", "qwen3"):
-        (tmp_path / "config.json").write_text(json.dumps(settings(kind)))
+        (tmp_path / "config.json").write_text(json.dumps(config_json(kind)))
         family = read_config(tmp_path)[1]
         assert not family.packed
-        assert not family.normed_head
+        assert not family.normalized_head
 
 
 @pytest.mark.parametrize("classes", [ABSENT, None, [], ["baichuanforcausallm"], ["BAICHUANForCausalLM"]])
-def test_a_baichuan_that_does_not_say_which_of_the_two_it_is_is_refused(read, classes):
+def test_baichuan_without_a_known_architecture_is_rejected(read, classes):
     with pytest.raises(ValueError, match="architectures"):
-        read(settings("baichuan", architectures=classes))
+        read(config_json("baichuan", architectures=classes))
 
 
-def test_a_normalised_head_that_is_also_the_embedding_is_refused(read):
+def test_tied_normalized_head_is_rejected(read):
     with pytest.raises(ValueError, match="tie_word_embeddings is True"):
-        read(settings("baichuan2", tie_word_embeddings=True))
-    assert read(settings("baichuan", tie_word_embeddings=True)).tied
+        read(config_json("baichuan2", tie_word_embeddings=True))
+    assert read(config_json("baichuan", tie_word_embeddings=True)).tied
 
 
 @pytest.mark.parametrize("vocab", [64000, 125696])
 @pytest.mark.parametrize("length", ["model_max_length", "max_position_embeddings"])
-def test_a_baichuan_of_13b_weights_is_refused_for_its_positions(read, vocab, length):
-    given = published("baichuan2", 40, 5120, 13696, 40, vocab, 4096)
-    del given["max_position_embeddings"]
+def test_baichuan_13b_is_rejected_for_its_alibi_positions(read, vocab, length):
+    settings = published("baichuan2", 40, 5120, 13696, 40, vocab, 4096)
+    del settings["max_position_embeddings"]
     with pytest.raises(ValueError, match=r"13B.*ALiBi"):
-        read(given | {length: 4096})
+        read(settings | {length: 4096})
 
 
-def test_a_small_baichuan_without_a_length_of_rotary_positions_is_refused(read):
+def test_small_baichuan_without_max_position_embeddings_is_rejected(read):
     for length in (ABSENT, None):
         with pytest.raises(ValueError, match="no max_position_embeddings"):
-            read(settings("baichuan", max_position_embeddings=length, model_max_length=128))
+            read(config_json("baichuan", max_position_embeddings=length, model_max_length=128))
 
 
-# With 64 heads. Defaults of the config classes of https://github.com/huggingface/transformers, version 5.23.
-SILENT = {
+# Expected with 64 heads and no other key: the defaults of the config classes in transformers 5.23.
+FAMILY_DEFAULTS = {
     "llama": {"n_kv_heads": 64, "head_dim": 8, "max_seq_len": 2048},
     "mistral": {"n_kv_heads": 8, "head_dim": 8, "max_seq_len": 131072, "window": 4096},
     "qwen2": {"n_kv_heads": 32, "head_dim": 8, "max_seq_len": 32768, "qkv_bias": True},
@@ -180,59 +162,59 @@ SILENT = {
 }
 
 
-@pytest.mark.parametrize("kind", SILENT)
-def test_what_config_json_leaves_out_has_the_familys_defaults(read, kind):
-    given = {"model_type": kind, "vocab_size": 60, "hidden_size": 512, "intermediate_size": 48}
-    config = read(given | {"num_hidden_layers": 2, "num_attention_heads": 64})
-    assert config == replace(PLAIN, dim=512, n_heads=64, **SILENT[kind])
+@pytest.mark.parametrize("kind", FAMILY_DEFAULTS)
+def test_absent_keys_have_the_defaults_of_the_family(read, kind):
+    settings = {"model_type": kind, "vocab_size": 60, "hidden_size": 512, "intermediate_size": 48}
+    config = read(settings | {"num_hidden_layers": 2, "num_attention_heads": 64})
+    assert config == replace(PLAIN, dim=512, n_heads=64, **FAMILY_DEFAULTS[kind])
 
 
-def test_a_config_without_a_model_type_is_a_llama(read):
-    assert read(settings(model_type=ABSENT, architectures=ABSENT)) == PLAIN
+def test_config_without_model_type_is_a_llama(read):
+    assert read(config_json(model_type=ABSENT, architectures=ABSENT)) == PLAIN
     with pytest.raises(ValueError, match="architectures is"):
-        read(settings("mistral", model_type=ABSENT))
+        read(config_json("mistral", model_type=ABSENT))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_as_many_key_value_heads_as_heads_where_the_file_says_null(read, kind):
-    assert read(settings(kind, num_key_value_heads=None)).n_kv_heads == 4
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_null_key_value_heads_means_as_many_as_heads(read, kind):
+    assert read(config_json(kind, num_key_value_heads=None)).n_kv_heads == 4
 
 
 @pytest.mark.parametrize("value", [0, False, -1, 3, 8, "2", [2], 2.0])
-def test_key_value_heads_that_cannot_be_are_refused(read, value):
+def test_impossible_key_value_heads_are_rejected(read, value):
     with pytest.raises(ValueError, match=r"n_kv_heads|num_key_value_heads"):
-        read(settings(num_key_value_heads=value))
+        read(config_json(num_key_value_heads=value))
 
 
-def test_a_window_is_mistrals_alone(read):
-    assert read(settings("mistral", sliding_window=16)).window == 16
-    assert read(settings("mistral", sliding_window=None)).window == 0
-    assert read(settings("mistral", sliding_window=ABSENT)).window == 4096
-    assert read(settings("qwen2", sliding_window=16, max_window_layers=1, use_sliding_window=False)).window == 0
-    assert read(settings("qwen3", sliding_window=16)).window == 0
+def test_sliding_window_applies_to_mistral_only(read):
+    assert read(config_json("mistral", sliding_window=16)).window == 16
+    assert read(config_json("mistral", sliding_window=None)).window == 0
+    assert read(config_json("mistral", sliding_window=ABSENT)).window == 4096
+    assert read(config_json("qwen2", sliding_window=16, max_window_layers=1, use_sliding_window=False)).window == 0
+    assert read(config_json("qwen3", sliding_window=16)).window == 0
     for kind in ("llama", "baichuan", "baichuan2"):
         for value in (1, 16, True):
             with pytest.raises(ValueError, match=f"sliding_window is {value}"):
-                read(settings(kind, sliding_window=value))
+                read(config_json(kind, sliding_window=value))
     for kind in ("qwen2", "qwen3"):
         with pytest.raises(ValueError, match="use_sliding_window is True, supported is False"):
-            read(settings(kind, sliding_window=16, max_window_layers=1, use_sliding_window=True))
+            read(config_json(kind, sliding_window=16, max_window_layers=1, use_sliding_window=True))
 
 
 @pytest.mark.parametrize("window", [-1, 2.5, "16", True, [16], 2**40])
-def test_a_window_that_cannot_be_is_refused(read, window):
+def test_impossible_window_is_rejected(read, window):
     with pytest.raises(ValueError, match="window"):
-        read(settings("mistral", sliding_window=window))
+        read(config_json("mistral", sliding_window=window))
 
 
-def test_layer_types_must_say_what_the_other_keys_say(read):
+def test_layer_types_must_agree_with_sliding_window(read):
     full, sliding = ["full_attention"] * 2, ["sliding_attention"] * 2
     for kind in ("llama", "qwen2", "qwen3"):
-        assert read(settings(kind, layer_types=full)).window == 0
-    assert read(settings("mistral", layer_types=full)).window == 0
-    assert read(settings("mistral", sliding_window=16, layer_types=sliding)).window == 16
-    assert read(settings("mistral", sliding_window=ABSENT, layer_types=sliding)).window == 4096
-    assert read(settings(layer_types=None)) == read(settings(layer_types=[])) == PLAIN
+        assert read(config_json(kind, layer_types=full)).window == 0
+    assert read(config_json("mistral", layer_types=full)).window == 0
+    assert read(config_json("mistral", sliding_window=16, layer_types=sliding)).window == 16
+    assert read(config_json("mistral", sliding_window=ABSENT, layer_types=sliding)).window == 4096
+    assert read(config_json(layer_types=None)) == read(config_json(layer_types=[])) == PLAIN
     for kind, window, types in (
         ("llama", None, sliding),
         ("qwen3", 16, [*full[:1], *sliding[:1]]),
@@ -242,13 +224,13 @@ def test_layer_types_must_say_what_the_other_keys_say(read):
         ("llama", None, ["linear_attention", "full_attention"]),
     ):
         with pytest.raises(ValueError, match="layer_types is"):
-            read(settings(kind, sliding_window=window, layer_types=types))
+            read(config_json(kind, sliding_window=window, layer_types=types))
 
 
 @pytest.mark.parametrize("value", [5, True, "full_attention", {"full_attention": 1}, [["full_attention"]], [None]])
-def test_layer_types_that_are_no_list_of_kinds_are_refused(read, value):
+def test_malformed_layer_types_are_rejected(read, value):
     with pytest.raises(ValueError, match="layer_types is"):
-        read(settings(layer_types=value))
+        read(config_json(layer_types=value))
 
 
 LINEAR = RopeScaling("linear", 4.0)
@@ -264,11 +246,11 @@ LINEAR = RopeScaling("linear", 4.0)
         ({"rope_scaling": {"rope_type": "linear", "factor": 4.0}}, LINEAR, 1e4),
         ({"rope_scaling": {"rope_type": "linear", "type": "linear", "factor": 4}}, LINEAR, 1e4),
         ({"rope_scaling": {"rope_type": "default"}, "rope_theta": 5e5}, None, 5e5),
-        ({"rope_scaling": LLAMA3 | {"rope_type": "llama3"}, "rope_theta": 5e5}, LLAMA3_MEANS, 5e5),
-        ({"rope_scaling": LLAMA3 | {"type": "llama3"}, "rope_theta": 5e5}, LLAMA3_MEANS, 5e5),
+        ({"rope_scaling": LLAMA3 | {"rope_type": "llama3"}, "rope_theta": 5e5}, LLAMA3_SCALING, 5e5),
+        ({"rope_scaling": LLAMA3 | {"type": "llama3"}, "rope_theta": 5e5}, LLAMA3_SCALING, 5e5),
         ({"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}, None, 5e5),
         ({"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 5e5}}, LINEAR, 5e5),
-        ({"rope_parameters": LLAMA3 | {"rope_type": "llama3", "rope_theta": 5e5}}, LLAMA3_MEANS, 5e5),
+        ({"rope_parameters": LLAMA3 | {"rope_type": "llama3", "rope_theta": 5e5}}, LLAMA3_SCALING, 5e5),
         ({"rope_parameters": {"rope_theta": 5e5}, "rope_theta": 500000}, None, 5e5),
         ({"rope_parameters": {"rope_type": "default", "rope_theta": 5e5, "partial_rotary_factor": 1.0}}, None, 5e5),
         (
@@ -279,15 +261,17 @@ LINEAR = RopeScaling("linear", 4.0)
         ),
     ],
 )
-def test_scaled_rotary_positions_in_every_spelling(read, changes, scaling, theta):
-    for kind in KINDS:
-        config = read(settings(kind, **changes))
+def test_rope_scaling_is_read_in_every_spelling(read, changes, scaling, theta):
+    for kind in ARCHITECTURES:
+        config = read(config_json(kind, **changes))
         assert (config.rope_scaling, config.rope_theta) == (scaling, theta), kind
 
 
-def test_a_config_in_the_newest_spelling_is_that_in_the_old_one(read):
-    old = settings("qwen3", rope_theta=1e6, torch_dtype="bfloat16", head_dim=16)
-    new = settings("qwen3", rope_parameters={"rope_theta": 1e6, "rope_type": "default"}, dtype="bfloat16", head_dim=16)
+def test_spelling_of_transformers_5_equals_that_of_4(read):
+    old = config_json("qwen3", rope_theta=1e6, torch_dtype="bfloat16", head_dim=16)
+    new = config_json(
+        "qwen3", rope_parameters={"rope_theta": 1e6, "rope_type": "default"}, dtype="bfloat16", head_dim=16
+    )
     new |= {"layer_types": ["full_attention"] * 2, "transformers_version": "5.2.0"}
     assert read(old) == read(new) == replace(PLAIN, rope_theta=1e6, head_dim=16, qk_norm=True)
 
@@ -334,9 +318,9 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
     ],
     ids=lambda value: str(value)[:50],
 )
-def test_rotary_positions_of_another_kind_are_refused(read, changes, message):
+def test_unsupported_rope_is_rejected(read, changes, message):
     with pytest.raises(ValueError, match=rf"config\.json: .*{message}"):
-        read(settings(**changes))
+        read(config_json(**changes))
 
 
 @pytest.mark.parametrize(
@@ -362,13 +346,13 @@ def test_rotary_positions_of_another_kind_are_refused(read, changes, message):
     ],
     ids=str,
 )
-def test_a_setting_out_of_a_closed_list_is_refused_with_that_list(read, key, value):
-    with pytest.raises(ValueError, match=rf"config\.json: {key} is .*supported") as refused:
-        read(settings(**{key: value}))
-    assert repr(value) in str(refused.value)
+def test_unsupported_value_is_rejected_with_the_supported_ones(read, key, value):
+    with pytest.raises(ValueError, match=rf"config\.json: {key} is .*supported") as rejected:
+        read(config_json(**{key: value}))
+    assert repr(value) in str(rejected.value)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ARCHITECTURES)
 @pytest.mark.parametrize(
     ("key", "value"),
     [
@@ -396,10 +380,12 @@ def test_a_setting_out_of_a_closed_list_is_refused_with_that_list(read, key, val
         ("sliding_window_pattern", 6),
     ],
 )
-def test_a_key_that_changes_what_is_computed_is_refused_in_every_family(read, kind, key, value):
-    with pytest.raises(ValueError, match=rf"config\.json: {key} is .*not supported for {KINDS[kind][1]}") as refused:
-        read(settings(kind, **{key: value}))
-    assert repr(value)[:50] in str(refused.value)
+def test_key_that_changes_the_computation_is_rejected_in_every_family(read, kind, key, value):
+    with pytest.raises(
+        ValueError, match=rf"config\.json: {key} is .*not supported for {ARCHITECTURES[kind]}"
+    ) as rejected:
+        read(config_json(kind, **{key: value}))
+    assert repr(value)[:50] in str(rejected.value)
 
 
 HARMLESS = {
@@ -435,16 +421,16 @@ HARMLESS = {
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_keys_without_a_meaning_here_are_accepted(read, kind):
-    assert read(settings(kind, **HARMLESS)) == read(settings(kind))
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_keys_without_effect_are_accepted(read, kind):
+    assert read(config_json(kind, **HARMLESS)) == read(config_json(kind))
 
 
 @pytest.mark.parametrize("key", KEYS.values())
-def test_a_value_of_the_wrong_type_is_refused_under_the_name_it_has_in_the_file(read, key):
+def test_bad_value_is_rejected_under_its_key_in_the_file(read, key):
     for value in ("many", [1], {"a": 1}, -1, 10**400):
         with pytest.raises(ValueError, match=rf"config\.json: .*\b{key}\b"):
-            read(settings("mistral", **{key: value}))
+            read(config_json("mistral", **{key: value}))
 
 
 @pytest.mark.parametrize(
@@ -455,7 +441,7 @@ def test_a_value_of_the_wrong_type_is_refused_under_the_name_it_has_in_the_file(
         {"hidden_size": 32.0},
         {"hidden_size": True},
         {"hidden_size": 0},
-        {"hidden_size": 36},  # heads of 9, which make no pairs
+        {"hidden_size": 36},  # heads of 9 dimensions, which cannot be rotated in pairs
         {"head_dim": 7},
         {"head_dim": 0},
         {"num_attention_heads": 0},
@@ -469,22 +455,22 @@ def test_a_value_of_the_wrong_type_is_refused_under_the_name_it_has_in_the_file(
     ],
     ids=str,
 )
-def test_a_shape_that_cannot_be_is_refused(read, changes):
+def test_impossible_shape_is_rejected(read, changes):
     with pytest.raises(ValueError, match=r"config\.json: "):
-        read(settings(**changes))
+        read(config_json(**changes))
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "7", "null", "[" * 100_000, '{"model_type": "llama"}', "9" * 5000])
-def test_a_config_that_is_no_config_is_refused(read, text):
+def test_malformed_config_is_rejected(read, text):
     with pytest.raises(ValueError, match=r"config\.json: "):
         read(text)
 
 
-def test_every_missing_key_is_named(read):
+def test_all_missing_keys_are_listed(read):
     with pytest.raises(ValueError, match=r"no hidden_size, .*num_attention_heads, .*intermediate_size"):
         read({"model_type": "llama", "vocab_size": 60})
 
 
-def test_a_missing_config_is_refused_with_its_name(tmp_path):
+def test_missing_config_is_rejected_by_name(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"config\.json"):
         read_model_config(tmp_path)

@@ -1,25 +1,22 @@
 import json
 import random
-import sys
 from dataclasses import replace
 
 import pytest
 import torch
+from tiny_checkpoints import ABSENT, change_json, change_tensors, randomize
 from torch import nn
 
-import sample
-from minidoctor.checkpoints.adapters import ADAPTER, load_adapted_model, save_adapter_config
+from minidoctor.checkpoints.adapters import ADAPTER, load, load_adapted_model, save_adapter_config
 from minidoctor.checkpoints.hugging_face import load_model, save_model
 from minidoctor.checkpoints.peft import CONFIG, WEIGHTS, is_peft, read_peft_config, write_peft
-from minidoctor.cli.main import run
 from minidoctor.config import AdapterConfig, ModelConfig
-from minidoctor.evaluate import __main__ as evaluate
 from minidoctor.files.safetensors import read_tensors, write_tensors
 from minidoctor.model import Model, adapter_state
 
-PLAIN = AdapterConfig(n_experts=1, top_k=1, rank=4, alpha=6.0, targets=("q_proj", "v_proj", "up_proj", "down_proj"))
-# adapter_config.json as peft 0.21 writes it, with nothing changed.
-THEIRS = {
+PLAIN = AdapterConfig(n_experts=1, rank=4, alpha=6.0, targets=("q_proj", "v_proj", "up_proj", "down_proj"))
+# adapter_config.json as peft 0.21 writes it with its defaults.
+PEFT_SETTINGS = {
     "alora_invocation_tokens": None, "alpha_pattern": {}, "arrow_config": None, "auto_mapping": None,
     "base_model_name_or_path": "base", "bias": "none", "corda_config": None, "ensure_weight_tying": False,
     "eva_config": None, "exclude_modules": None, "fan_in_fan_out": False, "inference_mode": True,
@@ -41,19 +38,12 @@ KINDS = {
 }
 
 
-def randomized(model):
-    """Weights large enough that every one of them has a say in the logits, the adapter's too."""
-    for name, tensor in model.state_dict().items():
-        nn.init.normal_(tensor, 1.0 if "norm" in name else 0.0, 0.1 if ".lora_" in name else 0.15)
-    return model.eval()
-
-
 @pytest.fixture(scope="module")
 def plain_dir(tmp_path_factory, base_dir):
-    """What train.py writes with --n-experts 1. Not to be changed by a test."""
+    """Write what train.py writes with --n-experts 1. Tests must not change it."""
     directory = tmp_path_factory.mktemp("plain")
     torch.manual_seed(3)
-    state = adapter_state(randomized(Model(load_model(base_dir).config, PLAIN)))
+    state = adapter_state(randomize(Model(load_model(base_dir).config, PLAIN)))
     save_adapter_config(directory, str(base_dir), PLAIN)
     write_tensors(directory / ADAPTER, state)
     return directory
@@ -61,9 +51,9 @@ def plain_dir(tmp_path_factory, base_dir):
 
 @pytest.fixture
 def peft_dir(tmp_path, base_dir, plain_dir):
-    """The same adapter as peft has it, for a test to change."""
+    """Write the same adapter in the layout of peft. Tests may change it."""
     model = load_adapted_model(base_dir, plain_dir)
-    write_peft(tmp_path / "peft", str(base_dir), PLAIN, adapter_state(model))
+    write_peft(tmp_path / "peft", str(base_dir), PLAIN, adapter_state(model), {})
     return tmp_path / "peft"
 
 
@@ -72,13 +62,8 @@ def tokens(config):
     return torch.randint(0, config.vocab_size, (2, 11))
 
 
-def change_config(directory, **changes):
-    content = json.loads((directory / CONFIG).read_text()) | changes
-    (directory / CONFIG).write_text(json.dumps(content))
-
-
-def updated_by_hand(base_dir, peft_dir, scale):
-    """The base, each adapted weight W replaced by W + scale * B A of the files in peft's layout."""
+def update_plainly(base_dir, peft_dir, scale):
+    """Return the base with each adapted weight W replaced by W + scale * B A, from the files in peft's layout."""
     tensors, model = dict(read_tensors(peft_dir / WEIGHTS)), load_model(base_dir)
     for name in [name for name in tensors if ".lora_A." in name]:
         a, b = tensors[name].float(), tensors[name.replace(".lora_A.", ".lora_B.")].float()
@@ -87,19 +72,19 @@ def updated_by_hand(base_dir, peft_dir, scale):
     return model
 
 
-def test_an_adapter_is_written_under_pefts_names_with_the_same_numbers(peft_dir, plain_dir):
+def test_written_tensors_have_the_names_of_peft(peft_dir, plain_dir):
     ours, theirs = (dict(read_tensors(path)) for path in (plain_dir / ADAPTER, peft_dir / WEIGHTS))
     assert len(theirs) == len(ours) == 2 * 2 * 4  # A and B, layers, targets
     for layer in (0, 1):
         for name in ("self_attn.q_proj", "self_attn.v_proj", "mlp.up_proj", "mlp.down_proj"):
-            place = f"model.layers.{layer}.{name}"
-            a, b = (theirs[f"base_model.model.{place}.lora_{letter}.weight"] for letter in "AB")
+            prefix = f"model.layers.{layer}.{name}"
+            a, b = (theirs[f"base_model.model.{prefix}.lora_{matrix}.weight"] for matrix in "AB")
             assert (a.shape[0], b.shape[1]) == (4, 4)  # lora_A (R, D_in), lora_B (D_out, R)
-            assert torch.equal(a, ours[f"{place}.lora_a"])
-            assert torch.equal(b, ours[f"{place}.lora_b"])
+            assert torch.equal(a, ours[f"{prefix}.lora_a"])
+            assert torch.equal(b, ours[f"{prefix}.lora_b"])
 
 
-def test_the_config_says_what_peft_asks(peft_dir, base_dir):
+def test_written_config_has_the_keys_of_peft(peft_dir, base_dir):
     content = json.loads((peft_dir / CONFIG).read_text())
     expected = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 6.0, "bias": "none"}
     assert expected.items() <= content.items()
@@ -108,48 +93,48 @@ def test_the_config_says_what_peft_asks(peft_dir, base_dir):
     assert read_peft_config(peft_dir) == PLAIN
 
 
-def test_there_and_back_gives_the_same_logits_bit_for_bit(base_dir, plain_dir, peft_dir, tokens):
+def test_written_and_loaded_adapter_gives_equal_logits(base_dir, plain_dir, peft_dir, tokens):
     logits = load_adapted_model(base_dir, peft_dir)(tokens)[0]
     assert torch.equal(logits, load_adapted_model(base_dir, plain_dir)(tokens)[0])
-    assert (logits - load_model(base_dir)(tokens)[0]).abs().max() > 0.1  # the adapter does something
+    assert (logits - load_model(base_dir)(tokens)[0]).abs().max() > 0.1  # the adapter changes the logits
 
 
 @pytest.mark.parametrize(("settings", "scale"), [({}, 6 / 4), ({"use_rslora": True}, 6 / 4**0.5)], ids=str)
-def test_an_adapter_of_peft_is_its_formula(base_dir, peft_dir, tokens, settings, scale):
-    change_config(peft_dir, **settings)
+def test_loaded_adapter_equals_w_plus_scaled_product(base_dir, peft_dir, tokens, settings, scale):
+    change_json(peft_dir / CONFIG, **settings)
     logits = load_adapted_model(base_dir, peft_dir)(tokens)[0]
-    torch.testing.assert_close(logits, updated_by_hand(base_dir, peft_dir, scale)(tokens)[0], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(logits, update_plainly(base_dir, peft_dir, scale)(tokens)[0], atol=1e-5, rtol=1e-5)
 
 
-def test_a_rank_stabilised_adapter_is_written_with_its_scale_in_alpha(tmp_path, base_dir, peft_dir, tokens):
-    change_config(peft_dir, use_rslora=True)
+def test_rank_stabilized_scale_is_written_into_alpha(tmp_path, base_dir, peft_dir, tokens):
+    change_json(peft_dir / CONFIG, use_rslora=True)
     model = load_adapted_model(base_dir, peft_dir)
-    write_peft(tmp_path / "again", str(base_dir), model.adapter, adapter_state(model))
+    write_peft(tmp_path / "again", str(base_dir), model.adapter, adapter_state(model), {})
     assert json.loads((tmp_path / "again" / CONFIG).read_text())["lora_alpha"] == 6 * 4**0.5
     assert torch.equal(load_adapted_model(base_dir, tmp_path / "again")(tokens)[0], model(tokens)[0])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_tensors_of_another_precision_are_taken(base_dir, plain_dir, peft_dir, dtype):
+def test_tensors_of_other_dtypes_are_converted(base_dir, plain_dir, peft_dir, dtype):
     rounded = {name: tensor.to(dtype) for name, tensor in read_tensors(peft_dir / WEIGHTS)}
     write_tensors(peft_dir / WEIGHTS, rounded)
-    back = adapter_state(load_adapted_model(base_dir, peft_dir))
+    state = adapter_state(load_adapted_model(base_dir, peft_dir))
     for name, tensor in read_tensors(plain_dir / ADAPTER):
-        assert back[name].dtype == torch.float32
-        assert torch.equal(back[name], tensor.to(dtype).float()), name
+        assert state[name].dtype == torch.float32
+        assert torch.equal(state[name], tensor.to(dtype).float()), name
 
 
 @pytest.mark.parametrize(
     "content",
     [
-        THEIRS,
-        THEIRS | {"lora_alpha": 6.0, "init_lora_weights": "gaussian"},
-        THEIRS | {"init_lora_weights": False, "task_type": None, "auto_mapping": {"base_model_class": "Llama"}},
-        {key: THEIRS[key] for key in ("peft_type", "r", "lora_alpha", "target_modules")},
+        PEFT_SETTINGS,
+        PEFT_SETTINGS | {"lora_alpha": 6.0, "init_lora_weights": "gaussian"},
+        PEFT_SETTINGS | {"init_lora_weights": False, "task_type": None, "auto_mapping": {"base_model_class": "Llama"}},
+        {key: PEFT_SETTINGS[key] for key in ("peft_type", "r", "lora_alpha", "target_modules")},
     ],
-    ids=["as written", "gaussian", "no task", "only what it needs"],
+    ids=["as written", "gaussian", "no task", "required keys"],
 )
-def test_a_config_that_is_plain_lora_is_read(base_dir, plain_dir, peft_dir, tokens, content):
+def test_config_of_plain_lora_is_read(base_dir, plain_dir, peft_dir, tokens, content):
     (peft_dir / CONFIG).write_text(json.dumps(content))
     assert is_peft(peft_dir)
     assert read_peft_config(peft_dir) == PLAIN
@@ -187,11 +172,11 @@ def test_a_config_that_is_plain_lora_is_read(base_dir, plain_dir, peft_dir, toke
         ("target_parameters", ["mlp.experts"]),
         ("alora_invocation_tokens", [1, 2]),
         ("megatron_config", {"a": 1}),
-        ("a setting of tomorrow", "on"),
+        ("a future setting", "on"),
     ],
 )
-def test_a_setting_that_is_not_plain_lora_is_refused_by_name(base_dir, peft_dir, key, value):
-    (peft_dir / CONFIG).write_text(json.dumps(THEIRS | {key: value}))
+def test_setting_beyond_plain_lora_is_rejected_by_name(base_dir, peft_dir, key, value):
+    (peft_dir / CONFIG).write_text(json.dumps(PEFT_SETTINGS | {key: value}))
     with pytest.raises(ValueError, match=rf"adapter_config\.json: {key} is "):
         load_adapted_model(base_dir, peft_dir)
 
@@ -212,8 +197,8 @@ def test_a_setting_that_is_not_plain_lora_is_refused_by_name(base_dir, peft_dir,
     ],
     ids=str,
 )
-def test_target_modules_that_are_no_list_of_layers_of_a_block_are_refused(base_dir, peft_dir, value):
-    change_config(peft_dir, target_modules=value)
+def test_unsupported_target_modules_are_rejected(base_dir, peft_dir, value):
+    change_json(peft_dir / CONFIG, target_modules=value)
     with pytest.raises(ValueError, match=r"adapter_config\.json: .*target"):
         load_adapted_model(base_dir, peft_dir)
 
@@ -239,46 +224,43 @@ def test_target_modules_that_are_no_list_of_layers_of_a_block_are_refused(base_d
     ],
     ids=lambda changes: str(changes)[:40],
 )
-def test_a_rank_or_an_alpha_that_cannot_be_is_refused(base_dir, peft_dir, changes):
-    change_config(peft_dir, **changes)
+def test_impossible_rank_or_alpha_is_rejected(base_dir, peft_dir, changes):
+    change_json(peft_dir / CONFIG, **changes)
     with pytest.raises(ValueError, match=r"adapter_config\.json: "):
         load_adapted_model(base_dir, peft_dir)
 
 
 OURS = "model.layers.0.mlp.up_proj.lora_a"
-UP = "base_model.model.model.layers.0.mlp.up_proj.lora_A.weight"
+UP = "base_model.model.model.layers.0.mlp.up_proj.lora_A.weight"  # (4, 32)
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("changes", "message"),
     [
-        (lambda t: t.pop(UP), r"1 tensors are missing or unexpected: model\.layers\.0\.mlp\.up_proj\.lora_a"),
-        (lambda t: t.update(extra=torch.zeros(1)), "1 tensors are missing or unexpected: extra"),
-        (lambda t: t.update({UP: t[UP].T.contiguous()}), r"up_proj\.lora_a is torch\.float32 \(32, 4\), expected"),
-        (lambda t: t.update({UP: t[UP].int()}), r"up_proj\.lora_a is torch\.int32"),
-        # Two names for one of ours: which would it be?
-        (lambda t: t.update({OURS: t[UP].clone()}), "up_proj"),
-        (lambda t: t.update({OURS: t[UP], UP: torch.zeros(3)}), "up_proj"),
+        ({UP: ABSENT}, r"1 tensors .*: model\.layers\.0\.mlp\.up_proj\.lora_a"),
+        ({"extra": torch.zeros(1)}, "1 tensors .*: extra"),
+        ({UP: torch.zeros(32, 4)}, r"up_proj\.lora_a .*\(32, 4\), expected"),
+        ({UP: torch.zeros(4, 32, dtype=torch.int32)}, r"up_proj\.lora_a is torch\.int32"),
+        ({OURS: torch.zeros(4, 32)}, r"up_proj\.lora_a .*two names"),
+        ({OURS: torch.zeros(4, 32), UP: torch.zeros(3)}, r"up_proj\.lora_a .*two names"),
     ],
     ids=["missing", "unexpected", "shape", "integers", "twice", "twice with another shape"],
 )
-def test_tensors_that_are_not_the_adapters_are_refused_by_name(base_dir, peft_dir, change, message):
-    tensors = dict(read_tensors(peft_dir / WEIGHTS))
-    change(tensors)
-    write_tensors(peft_dir / WEIGHTS, tensors)
-    with pytest.raises(ValueError, match=message) as refused:
+def test_unsuitable_tensor_is_named(base_dir, peft_dir, changes, message):
+    change_tensors(peft_dir / WEIGHTS, **changes)
+    with pytest.raises(ValueError, match=message) as rejected:
         load_adapted_model(base_dir, peft_dir)
-    assert str(peft_dir / WEIGHTS) in str(refused.value)
+    assert str(peft_dir / WEIGHTS) in str(rejected.value)
 
 
-def test_an_adapter_of_a_base_of_another_size_is_refused(tmp_path, peft_dir, config):
+def test_adapter_of_a_base_of_another_size_is_rejected(tmp_path, peft_dir, config):
     for changes in ({"ffn_dim": 40}, {"n_layers": 1}, {"n_layers": 3}):
         save_model(Model(replace(config, **changes)), tmp_path / str(changes), torch.float32)
         with pytest.raises(ValueError, match=r"adapter_model\.safetensors: "):
             load_adapted_model(tmp_path / str(changes), peft_dir)
 
 
-def test_a_missing_file_is_named(base_dir, peft_dir):
+def test_missing_file_is_named(base_dir, peft_dir):
     for name in (WEIGHTS, CONFIG):
         (peft_dir / name).unlink()
         with pytest.raises(FileNotFoundError, match=name):
@@ -286,8 +268,8 @@ def test_a_missing_file_is_named(base_dir, peft_dir):
         assert is_peft(peft_dir) == (name == WEIGHTS)
 
 
-def test_100_mutated_adapters_load_or_are_refused(base_dir, peft_dir):
-    draw, refused = random.Random(0), 0
+def test_100_mutated_adapters_load_or_are_rejected(base_dir, peft_dir):
+    draw, n_rejected = random.Random(0), 0
     for name in (CONFIG, WEIGHTS):
         content = (peft_dir / name).read_bytes()
         for _ in range(50):
@@ -297,55 +279,34 @@ def test_100_mutated_adapters_load_or_are_refused(base_dir, peft_dir):
             try:
                 load_adapted_model(base_dir, peft_dir)
             except (ValueError, FileNotFoundError):
-                refused += 1
+                n_rejected += 1
         (peft_dir / name).write_bytes(content)
     load_adapted_model(base_dir, peft_dir)
-    assert 50 < refused <= 100
+    assert 50 < n_rejected <= 100
 
 
-def test_a_mixture_has_no_peft_layout(tmp_path, adapter, adapted):
-    with pytest.raises(ValueError, match=r"--n-experts 1\), the adapter has 4 experts: their gates depend"):
-        write_peft(tmp_path / "peft", "base", adapter, adapter_state(adapted))
+def test_mixture_is_not_written(tmp_path, adapter, adapted):
+    with pytest.raises(ValueError, match=r"--n-experts 1.* 4 experts"):
+        write_peft(tmp_path / "peft", "base", adapter, adapter_state(adapted), {})
     assert not (tmp_path / "peft").exists()
 
 
-def test_sample_answers_with_an_adapter_of_peft(monkeypatch, capsys, base_dir, plain_dir, peft_dir):
-    answers = []
-    for words in ([], ["--adapter", plain_dir], ["--adapter", peft_dir]):
-        command = ["sample.py", "gout?", "--base", base_dir, "--device", "cpu", "--max-new-tokens", 8, *words]
-        monkeypatch.setattr(sys, "argv", list(map(str, command)))
-        run(sample.main)
-        answers.append(capsys.readouterr().out)
-    assert answers[0] != answers[1] == answers[2]
+def test_load_gives_base_and_adapter_of_peft(base_dir, plain_dir, peft_dir, tokens):
+    logits = [load(base_dir, directory)[0](tokens)[0] for directory in (None, plain_dir, peft_dir)]
+    assert torch.equal(logits[1], logits[2])
+    assert not torch.equal(logits[0], logits[1])
 
 
-def test_evaluate_evaluates_an_adapter_of_peft(monkeypatch, capsys, tmp_path, rows_file, base_dir, plain_dir, peft_dir):
-    choice = {"question": "痛风?", "options": {"A": "尿酸", "B": "a"}, "answer": "A"}
-    rows = rows_file({"question": "gout?", "answer": "uric acid"}, choice)
-    found = []
-    for words in ([], ["--adapter", plain_dir], ["--adapter", peft_dir]):
-        command = ["evaluate", "--base", base_dir, "--data", rows, "--device", "cpu", "--out", tmp_path / "o", *words]
-        monkeypatch.setattr(sys, "argv", list(map(str, command)))
-        run(evaluate.main)
-        capsys.readouterr()
-        found.append(json.loads((tmp_path / "o").read_text()))
-    assert found[0]["summary"]["nll"] != found[1]["summary"]["nll"]
-    adapters = [result["protocol"].pop("adapter") for result in found]
-    assert adapters[0] is None
-    assert len(set(adapters)) == 3  # other files, the same adapter
-    assert found[1] == found[2]
-
-
-# Against the real thing, where it is installed: pip install peft
+# Compared with the package itself where it is installed: pip install peft transformers
 
 
 @pytest.fixture(params=KINDS)
 def kind(request, tmp_path):
-    """A base of each family that `transformers` has, in float32, and its directory."""
-    # With three layers of seven linears peft shortens their names to those that it has in common with others.
+    """Write a base of each family that `transformers` has, in float32. Return its config and directory."""
+    # peft shortens a long list of full layer names, as three layers of seven linears give, to their last parts.
     sizes = {"vocab_size": 61, "dim": 32, "n_layers": 3, "n_heads": 4, "n_kv_heads": 2, "head_dim": 8, "ffn_dim": 48}
     config = ModelConfig(**(sizes | KINDS[request.param]))
-    save_model(randomized(Model(config)), tmp_path / "kind", torch.float32)
+    save_model(randomize(Model(config)), tmp_path / "kind", torch.float32)
     return config, tmp_path / "kind"
 
 
@@ -360,18 +321,18 @@ def assert_same_logits(ours, theirs, config):
         logits = theirs(tokens).logits
         torch.testing.assert_close(ours(tokens)[0], logits, atol=1e-5, rtol=1e-5)
         with theirs.disable_adapter():
-            assert (theirs(tokens).logits - logits).abs().max() > 0.1  # the adapter does something
+            assert (theirs(tokens).logits - logits).abs().max() > 0.1  # the adapter changes the logits
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_an_adapter_from_here_gives_the_same_logits_in_peft(tmp_path, kind):
+def test_written_adapter_gives_the_same_logits_in_peft(tmp_path, kind):
     peft = pytest.importorskip("peft")
     config, base = kind
     adapter = replace(PLAIN, rank=3, targets=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "down_proj"))
     ours = load_model(base, adapter=adapter)
     for tensor in adapter_state(ours).values():
         nn.init.normal_(tensor, std=0.2)
-    write_peft(tmp_path / "peft", str(base), adapter, adapter_state(ours))
+    write_peft(tmp_path / "peft", str(base), adapter, adapter_state(ours), {})
     theirs = peft.PeftModel.from_pretrained(their_model(base), tmp_path / "peft").eval()
     assert_same_logits(ours, theirs, config)
 
@@ -387,11 +348,11 @@ def test_an_adapter_from_here_gives_the_same_logits_in_peft(tmp_path, kind):
     ],
     ids=["plain", "rslora", "all-linear", "gaussian"],
 )
-def test_an_adapter_from_peft_gives_the_same_logits_here(tmp_path, kind, settings):
+def test_adapter_of_peft_gives_the_same_logits_as_in_peft(tmp_path, kind, settings):
     peft = pytest.importorskip("peft")
     config, base = kind
-    asked = peft.LoraConfig(task_type="CAUSAL_LM", r=5, lora_alpha=7, **settings)
-    theirs = peft.get_peft_model(their_model(base), asked).eval()
+    lora_config = peft.LoraConfig(task_type="CAUSAL_LM", r=5, lora_alpha=7, **settings)
+    theirs = peft.get_peft_model(their_model(base), lora_config).eval()
     for name, parameter in theirs.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.2)
@@ -400,7 +361,7 @@ def test_an_adapter_from_peft_gives_the_same_logits_here(tmp_path, kind, setting
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_what_peft_writes_with_other_methods_is_refused_by_their_names(tmp_path, base_dir):
+def test_other_methods_of_peft_are_rejected_by_name(tmp_path, base_dir):
     peft = pytest.importorskip("peft")
     methods = {
         "use_dora": {"use_dora": True},
@@ -413,7 +374,7 @@ def test_what_peft_writes_with_other_methods_is_refused_by_their_names(tmp_path,
         "target_modules": {"target_modules": r".*\.mlp\.up_proj"},
     }
     for key, settings in methods.items():
-        asked = peft.LoraConfig(task_type="CAUSAL_LM", **({"target_modules": ["up_proj"]} | settings))
-        peft.get_peft_model(their_model(base_dir), asked).save_pretrained(tmp_path / key)
+        lora_config = peft.LoraConfig(task_type="CAUSAL_LM", **({"target_modules": ["up_proj"]} | settings))
+        peft.get_peft_model(their_model(base_dir), lora_config).save_pretrained(tmp_path / key)
         with pytest.raises(ValueError, match=rf"{CONFIG}: .*{key}"):
             load_adapted_model(base_dir, tmp_path / key)

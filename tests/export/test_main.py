@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import nn
+from tiny_checkpoints import change_json, change_tensors, randomize, write_shards
 
 from minidoctor.checkpoints.adapters import ADAPTER, load_adapted_model, save_adapter_config
 from minidoctor.checkpoints.families import read_model_config
@@ -12,14 +12,15 @@ from minidoctor.checkpoints.hugging_face import checkpoint_hash, load_model, sav
 from minidoctor.checkpoints.peft import CONFIG, WEIGHTS, write_peft
 from minidoctor.config import AdapterConfig, ModelConfig, RopeScaling, SampleConfig
 from minidoctor.export import __main__ as export
+from minidoctor.export.merge import merge, stored_dtype
 from minidoctor.files.safetensors import read_header, read_tensors, write_tensors
 from minidoctor.generate import complete
 from minidoctor.model import Model, adapter_state
 from minidoctor.text.tokenizer import load_tokenizer
 
-PLAIN = AdapterConfig(n_experts=1, top_k=1, rank=4, alpha=6.0)
+PLAIN = AdapterConfig(n_experts=1, rank=4, alpha=6.0)
 SIZES = {"vocab_size": 61, "dim": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "head_dim": 8, "ffn_dim": 48}
-# Bases of several families. The last two are stored with q, k and v as one matrix.
+# Bases of several families. The last two are the architectures that store q, k and v as one matrix.
 KINDS = {
     "llama": {"tied": True, "rope_scaling": RopeScaling("llama3", 8.0, 1.0, 4.0, 16), "rope_theta": 100.0},
     "llama untied": {"tied": False},
@@ -33,40 +34,33 @@ KINDS = {
 
 @pytest.fixture
 def call(program):
-    """Runs the program with these words; returns exit code, stdout and stderr."""
-    return lambda *words: program(export.main, "export", *words)
-
-
-def randomized(model):
-    """Weights large enough that every one of them has a say in the logits, the adapter's too."""
-    for name, tensor in model.state_dict().items():
-        nn.init.normal_(tensor, 1.0 if "norm" in name else 0.0, 0.1 if ".lora_" in name else 0.15)
-    return model.eval()
+    """Return a function that runs the program and returns exit code, stdout and stderr."""
+    return lambda *arguments: program(export.main, "export", *arguments)
 
 
 def write_adapter(directory, base, adapter=PLAIN):
-    """What train.py leaves, after training that went far."""
+    """Write what train.py writes, with large weights."""
     save_adapter_config(directory, str(base), adapter)
-    write_tensors(directory / ADAPTER, adapter_state(randomized(Model(read_model_config(base), adapter))))
+    write_tensors(directory / ADAPTER, adapter_state(randomize(Model(read_model_config(base), adapter))))
     return directory
 
 
 def write_base(directory, kind, dtype=torch.float32):
-    save_model(randomized(Model(ModelConfig(**(SIZES | KINDS[kind])))), directory, dtype)
+    save_model(randomize(Model(ModelConfig(**(SIZES | KINDS[kind])))), directory, dtype)
     if kind.startswith("Bai"):
-        tensors, settings = dict(read_tensors(directory / "model.safetensors")), directory / "config.json"
+        tensors = dict(read_tensors(directory / "model.safetensors"))
         for i in range(2):
-            place = f"model.layers.{i}.self_attn"
-            tensors[f"{place}.W_pack.weight"] = torch.cat([tensors.pop(f"{place}.{k}_proj.weight") for k in "qkv"])
+            prefix = f"model.layers.{i}.self_attn"
+            tensors[f"{prefix}.W_pack.weight"] = torch.cat([tensors.pop(f"{prefix}.{k}_proj.weight") for k in "qkv"])
         write_tensors(directory / "model.safetensors", tensors)
-        names = {"architectures": [kind], "model_type": "baichuan", "user_token_id": 5, "assistant_token_id": 6}
-        settings.write_text(json.dumps(json.loads(settings.read_text()) | names))
+        token_ids = {"user_token_id": 5, "assistant_token_id": 6}
+        change_json(directory / "config.json", architectures=[kind], model_type="baichuan", **token_ids)
     return directory
 
 
 @pytest.fixture(params=KINDS)
 def kind(request, tmp_path):
-    """A base of each family and a plain LoRA of all its linear layers: two directories."""
+    """Write a base of each family and a plain LoRA of all its linear layers. Return the two directories."""
     base = write_base(tmp_path / "kind", request.param)
     return base, write_adapter(tmp_path / "adapter", base)
 
@@ -76,24 +70,25 @@ def plain_dir(tmp_path, base_dir):
     return write_adapter(tmp_path / "plain", base_dir)
 
 
-def assert_same_logits(ours, theirs):
+def assert_same_logits(first, second):
     tokens = torch.randint(0, SIZES["vocab_size"], (2, 21))
     with torch.no_grad():
-        ours, theirs = ours(tokens)[0], theirs(tokens)[0]
-    assert ours.abs().max() > 0.5
-    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+        logits, expected = first(tokens)[0], second(tokens)[0]
+    assert logits.abs().max() > 0.5
+    # The sums of the two are rounded in another order.
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
 
 
-def test_the_merged_checkpoint_computes_what_the_adapted_model_does(call, tmp_path, kind):
+def test_merged_checkpoint_computes_the_same_as_the_adapted_model(call, tmp_path, kind):
     base, adapter = kind
     assert call("--base", base, "--adapter", adapter, "--merge", tmp_path / "out") == (0, f"{tmp_path / 'out'}\n", "")
     merged, adapted = load_model(tmp_path / "out"), load_adapted_model(base, adapter)
     assert_same_logits(merged, adapted)
     tokens = torch.arange(20)[None]
-    assert (merged(tokens)[0] - load_model(base)(tokens)[0]).abs().max() > 0.1  # the adapter does something
+    assert (merged(tokens)[0] - load_model(base)(tokens)[0]).abs().max() > 0.1  # the adapter changes the logits
 
 
-def test_each_merged_weight_is_w_plus_scale_b_a_and_no_other_has_changed(call, tmp_path, kind):
+def test_merged_weight_is_w_plus_scaled_product_and_no_other_changes(call, tmp_path, kind):
     base, adapter = kind
     call("--base", base, "--adapter", adapter, "--merge", tmp_path / "out")
     update, before = dict(read_tensors(adapter / ADAPTER)), load_model(base).state_dict()
@@ -101,25 +96,26 @@ def test_each_merged_weight_is_w_plus_scale_b_a_and_no_other_has_changed(call, t
     assert set(after) == set(before)
     assert len(update) == 2 * 2 * 7
     for name, tensor in before.items():
-        place = name.removesuffix(".weight")
-        if f"{place}.lora_a" in update:
-            tensor = tensor + 6 / 4 * update[f"{place}.lora_b"] @ update[f"{place}.lora_a"]
+        layer = name.removesuffix(".weight")
+        if f"{layer}.lora_a" in update:
+            tensor = tensor + 6 / 4 * update[f"{layer}.lora_b"] @ update[f"{layer}.lora_a"]
             torch.testing.assert_close(after[name], tensor)
         elif name == "lm_head.weight" and "Baichuan" in str(json.loads((base / "config.json").read_text())):
-            torch.testing.assert_close(after[name], tensor)  # rows of length 1, whose length is taken again
+            torch.testing.assert_close(after[name], tensor)  # its rows are normalized a second time
         else:
             assert torch.equal(after[name], tensor), name
 
 
-def test_a_merged_model_no_longer_adds_its_update(tmp_path):
+def test_merge_in_place_sets_the_update_to_zero(tmp_path):
     base = write_base(tmp_path / "base", "qwen2")
     adapter = write_adapter(tmp_path / "adapter", base)
     model, adapted = load_adapted_model(base, adapter), load_adapted_model(base, adapter)
-    export.merge(model)
+    merge(model)
+    assert not model.model.layers[0].mlp.up_proj.lora_b.any()
     assert_same_logits(model, adapted)
 
 
-def test_a_merged_baichuan_is_a_llama_that_keeps_its_token_ids(call, tmp_path):
+def test_merged_baichuan_is_a_llama_with_the_same_token_ids(call, tmp_path):
     for kind in ("BaiChuanForCausalLM", "BaichuanForCausalLM"):
         base = write_base(tmp_path / kind, kind)
         adapter, out = write_adapter(tmp_path / "adapter" / kind, base), tmp_path / "out" / kind
@@ -130,10 +126,9 @@ def test_a_merged_baichuan_is_a_llama_that_keeps_its_token_ids(call, tmp_path):
         assert "model.layers.0.self_attn.q_proj.weight" in read_header(out / "model.safetensors")[0]
 
 
-def test_a_base_with_linearly_scaled_positions_keeps_them(call, tmp_path):
+def test_merged_checkpoint_keeps_linear_rope_scaling(call, tmp_path):
     base = write_base(tmp_path / "base", "llama untied")
-    scaled = json.loads((base / "config.json").read_text()) | {"rope_scaling": {"type": "linear", "factor": 2.0}}
-    (base / "config.json").write_text(json.dumps(scaled))
+    change_json(base / "config.json", rope_scaling={"type": "linear", "factor": 2.0})
     adapter = write_adapter(tmp_path / "adapter", base)
     assert call("--base", base, "--adapter", adapter, "--merge", tmp_path / "out")[0] == 0
     assert read_model_config(tmp_path / "out") == read_model_config(base)
@@ -149,10 +144,10 @@ def test_merging_rounds_once_to_the_dtype_of_the_base(call, tmp_path):
     n_equal = n = 0
     for name, tensor in read_tensors(tmp_path / "out" / "model.safetensors"):
         assert tensor.dtype == torch.bfloat16
-        place = name.removesuffix(".weight")
-        if f"{place}.lora_a" in update:
+        layer = name.removesuffix(".weight")
+        if f"{layer}.lora_a" in update:
             exact = before[name].double()
-            exact += 1.5 * update[f"{place}.lora_b"].double() @ update[f"{place}.lora_a"].double()
+            exact += 1.5 * update[f"{layer}.lora_b"].double() @ update[f"{layer}.lora_a"].double()
             n_equal, n = n_equal + (tensor == exact.bfloat16()).sum(), n + tensor.numel()
         else:
             assert torch.equal(tensor, before[name]), name
@@ -164,7 +159,7 @@ def test_merging_rounds_once_to_the_dtype_of_the_base(call, tmp_path):
     assert distance < 0.05  # a weight's rounding is 2^-9 of it; two layers add up 32 to 48 of them, seven times
 
 
-def test_a_dtype_can_be_asked_for(call, tmp_path):
+def test_dtype_flag_sets_the_dtype_of_the_merged_weights(call, tmp_path):
     base = write_base(tmp_path / "base", "llama", torch.bfloat16)
     adapter = write_adapter(tmp_path / "adapter", base)
     call("--base", base, "--adapter", adapter, "--merge", tmp_path / "out", "--dtype", "float32")
@@ -172,19 +167,18 @@ def test_a_dtype_can_be_asked_for(call, tmp_path):
     assert_same_logits(load_model(tmp_path / "out"), load_adapted_model(base, adapter))
     code, _, err = call("--base", base, "--adapter", adapter, "--merge", tmp_path / "none", "--dtype", "int8")
     assert code == 2
-    assert "dtype must be auto, float32, bfloat16, got 'int8'" in err
+    assert "dtype" in err
+    assert "int8" in err
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_the_dtype_of_the_base_is_that_of_most_of_its_weights(tmp_path, dtype):
+def test_stored_dtype_is_that_of_most_weights(tmp_path, dtype):
     base = write_base(tmp_path / "base", "llama", dtype)
-    tensors = dict(read_tensors(base / "model.safetensors"))
-    tensors["model.norm.weight"] = tensors["model.norm.weight"].double()
-    write_tensors(base / "model.safetensors", tensors)
-    assert export.stored_dtype(str(base)) == dtype
+    change_tensors(base / "model.safetensors", model__norm__weight=torch.ones(32, dtype=torch.float64))
+    assert stored_dtype(str(base)) == dtype
 
 
-def test_what_stands_beside_the_weights_is_copied_and_nothing_else(call, tmp_path, base_dir):
+def test_tokenizer_files_are_copied_and_no_others(call, tmp_path, base_dir):
     base = shutil.copytree(base_dir, tmp_path / "base")
     copied = ["tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"]
     copied += ["generation_config.json", "chat_template.jinja", "tokenizer.json", "vocab.json", "merges.txt"]
@@ -192,14 +186,8 @@ def test_what_stands_beside_the_weights_is_copied_and_nothing_else(call, tmp_pat
         (base / name).write_text(json.dumps({"from": name}))
     for name in ("README.md", "training_args.bin", "adapter_config.json"):
         (base / name).write_text("left behind")
-    settings = json.loads((base / "config.json").read_text()) | {"bos_token_id": 1, "eos_token_id": [2, 7]}
-    (base / "config.json").write_text(json.dumps(settings))
-    tensors = dict(read_tensors(base / "model.safetensors"))
-    (base / "model.safetensors").unlink()
-    weight_map = {name: f"model-{i % 2}.safetensors" for i, name in enumerate(tensors)}
-    for file in set(weight_map.values()):
-        write_tensors(base / file, {name: tensors[name] for name in tensors if weight_map[name] == file})
-    (base / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    change_json(base / "config.json", bos_token_id=1, eos_token_id=[2, 7])
+    write_shards(base)
     adapter, out = write_adapter(tmp_path / "adapter", base), tmp_path / "out"
     assert call("--base", base, "--adapter", adapter, "--merge", out)[0] == 0
     assert {path.name for path in out.iterdir()} == {*copied, "config.json", "model.safetensors"}
@@ -209,67 +197,72 @@ def test_what_stands_beside_the_weights_is_copied_and_nothing_else(call, tmp_pat
     assert (after["bos_token_id"], after["eos_token_id"]) == (1, [2, 7])
 
 
-def test_the_merged_checkpoint_answers_as_base_and_adapter_did(call, tmp_path, base_dir, plain_dir, tokenizer):
+def test_merged_checkpoint_generates_the_same_answer(call, tmp_path, base_dir, plain_dir, tokenizer):
     call("--base", base_dir, "--adapter", plain_dir, "--merge", tmp_path / "out")
     prompt = tokenizer.chat([{"role": "user", "content": "gout?"}])
-    same = load_tokenizer(tmp_path / "out")
-    assert (same.chat_format, same.chat([{"role": "user", "content": "gout?"}])) == (tokenizer.chat_format, prompt)
+    merged_tokenizer = load_tokenizer(tmp_path / "out")
+    assert (merged_tokenizer.chat_format, merged_tokenizer.chat([{"role": "user", "content": "gout?"}])) == (
+        tokenizer.chat_format,
+        prompt,
+    )
     models = load_model(tmp_path / "out"), load_adapted_model(base_dir, plain_dir), load_model(base_dir)
-    answers = [complete(model, same, [prompt], SampleConfig(max_new_tokens=8))[0] for model in models]
+    config = SampleConfig(max_new_tokens=8)
+    answers = [complete(model, [prompt], config, tokenizer.eos_ids)[0] for model in models]
     assert answers[0] == answers[1] != answers[2]
 
 
-def test_the_exported_adapter_is_the_adapter_in_the_layout_of_peft(call, tmp_path, kind):
+def test_exported_adapter_loads_equal(call, tmp_path, kind):
     base, adapter = kind
     assert call("--base", base, "--adapter", adapter, "--peft", tmp_path / "out") == (0, f"{tmp_path / 'out'}\n", "")
     assert {path.name for path in (tmp_path / "out").iterdir()} == {CONFIG, WEIGHTS}
     assert json.loads((tmp_path / "out" / CONFIG).read_text())["base_model_name_or_path"] == str(base)
-    expected, back = load_adapted_model(base, adapter), load_adapted_model(base, tmp_path / "out")
-    for name, tensor in adapter_state(back).items():
+    expected, exported = load_adapted_model(base, adapter), load_adapted_model(base, tmp_path / "out")
+    for name, tensor in adapter_state(exported).items():
         assert torch.equal(tensor, adapter_state(expected)[name]), name
-    assert back.adapter == replace(PLAIN, targets=back.adapter.targets)
+    assert exported.adapter == replace(PLAIN, targets=exported.adapter.targets)
     tokens = torch.randint(0, 61, (2, 9))
-    assert torch.equal(back(tokens)[0], expected(tokens)[0])
+    assert torch.equal(exported(tokens)[0], expected(tokens)[0])
 
 
-def test_an_adapter_stays_in_float32_on_a_base_in_bfloat16(call, tmp_path):
+def test_exported_adapter_of_a_bfloat16_base_is_float32(call, tmp_path):
     base = write_base(tmp_path / "base", "llama", torch.bfloat16)
     adapter = write_adapter(tmp_path / "adapter", base)
     call("--base", base, "--adapter", adapter, "--peft", tmp_path / "out")
-    ours, theirs = dict(read_tensors(adapter / ADAPTER)), dict(read_tensors(tmp_path / "out" / WEIGHTS))
+    stored, exported = (dict(read_tensors(path)) for path in (adapter / ADAPTER, tmp_path / "out" / WEIGHTS))
     name = "model.layers.1.self_attn.o_proj.lora_"
-    assert torch.equal(theirs[f"base_model.model.{name}B.weight"], ours[f"{name}b"])
-    assert {tensor.dtype for tensor in theirs.values()} == {torch.float32}
+    assert torch.equal(exported[f"base_model.model.{name}B.weight"], stored[f"{name}b"])
+    assert {tensor.dtype for tensor in exported.values()} == {torch.float32}
 
 
-def test_an_adapter_of_peft_is_merged(call, tmp_path):
+def test_adapter_of_peft_is_merged(call, tmp_path):
     base = write_base(tmp_path / "base", "qwen2")
     model = load_adapted_model(base, write_adapter(tmp_path / "adapter", base))
-    write_peft(tmp_path / "peft", str(base), PLAIN, adapter_state(model))
+    write_peft(tmp_path / "peft", str(base), PLAIN, adapter_state(model), {})
     assert call("--base", base, "--adapter", tmp_path / "peft", "--merge", tmp_path / "out")[0] == 0
     assert_same_logits(load_model(tmp_path / "out"), model)
 
 
 @pytest.mark.parametrize("where", ["--peft", "--merge"])
-def test_a_mixture_is_refused_with_the_reason(call, tmp_path, base_dir, adapter_dir, where):
+def test_mixture_is_rejected_with_the_reason(call, tmp_path, base_dir, adapter_dir, where):
     code, out, err = call("--base", base_dir, "--adapter", adapter_dir, where, tmp_path / "out")
     assert (code, out) == (2, "")
-    assert "needs plain LoRA (--n-experts 1), the adapter has 4 experts: their gates depend on the token" in err
+    assert "--n-experts 1" in err
+    assert "4 experts: their gates depend on the token" in err
     assert len(err.splitlines()) == 1
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("where", ["--peft", "--merge"])
-def test_nothing_is_written_over_what_is_there(call, tmp_path, base_dir, plain_dir, where):
+def test_existing_output_is_not_overwritten(call, tmp_path, base_dir, plain_dir, where):
     base = shutil.copytree(base_dir, tmp_path / "base")
-    (tmp_path / "file").write_text("mine")
+    (tmp_path / "file").write_text("kept")
     (tmp_path / "full").mkdir()
-    (tmp_path / "full" / ".hidden").write_text("mine")
+    (tmp_path / "full" / ".hidden").write_text("kept")
     before = checkpoint_hash(base), (base / "config.json").read_bytes(), (plain_dir / CONFIG).read_bytes()
     for out in (base, plain_dir, tmp_path / "file", tmp_path / "full"):
         code, _, err = call("--base", base, "--adapter", plain_dir, where, out)
         assert code == 2
-        assert f"{out}: exists already" in err
+        assert f"{out}: exists" in err
     assert (checkpoint_hash(base), (base / "config.json").read_bytes(), (plain_dir / CONFIG).read_bytes()) == before
     assert [path.name for path in (tmp_path / "full").iterdir()] == [".hidden"]
     (tmp_path / "empty").mkdir()
@@ -278,39 +271,39 @@ def test_nothing_is_written_over_what_is_there(call, tmp_path, base_dir, plain_d
 
 
 @pytest.mark.parametrize("where", ["--peft", "--merge"])
-def test_an_adapter_of_another_base_is_refused(call, tmp_path, config, plain_dir, where):
-    save_model(randomized(Model(config)), tmp_path / "trained further", torch.float32)
+def test_adapter_of_another_base_is_rejected(call, tmp_path, config, plain_dir, where):
+    save_model(randomize(Model(config)), tmp_path / "trained further", torch.float32)
     save_model(Model(replace(config, ffn_dim=40)), tmp_path / "smaller", torch.float32)
-    for name, words in {"trained further": "same shape and other weights", "smaller": "ffn_dim 48, "}.items():
+    for name, key in {"trained further": "checkpoint_hash", "smaller": "ffn_dim 48, "}.items():
         code, _, err = call("--base", tmp_path / name, "--adapter", plain_dir, where, tmp_path / "out")
         assert code == 2
-        assert words in err
+        assert key in err
         assert not (tmp_path / "out").exists()
 
 
-def test_missing_and_contradicting_words_are_named(call, tmp_path, base_dir, plain_dir):
-    for words, expected in (
+def test_missing_and_contradicting_flags_are_named(call, tmp_path, base_dir, plain_dir):
+    for arguments, expected in (
         ([], "--adapter"),
-        (["--adapter", plain_dir], "one of the arguments --peft --merge is required"),
-        (["--adapter", plain_dir, "--peft", "a", "--merge", "b"], "not allowed with argument --peft"),
-        (["--adapter", plain_dir, "--peft", ""], "exists already; choose a directory"),
-        (["--adapter", plain_dir, "--merge", ""], "exists already; choose a directory"),
+        (["--adapter", plain_dir], "--peft --merge"),
+        (["--adapter", plain_dir, "--peft", "a", "--merge", "b"], "--peft"),
+        (["--adapter", plain_dir, "--peft", ""], "exists"),
+        (["--adapter", plain_dir, "--merge", ""], "exists"),
         (
             ["--base", tmp_path / "nowhere", "--adapter", plain_dir, "--peft", tmp_path / "a"],
-            "nowhere/config.json: no such file",
+            "nowhere/config.json",
         ),
         (["--base", base_dir, "--adapter", tmp_path / "nowhere", "--peft", tmp_path / "a"], "nowhere"),
         (["--base", base_dir, "--adapter", tmp_path, "--merge", tmp_path / "a"], "adapter_config.json"),
         (["--base", base_dir, "--adapter", base_dir, "--merge", tmp_path / "a"], "adapter_config.json"),
-        (["--base", plain_dir, "--adapter", plain_dir, "--merge", tmp_path / "a"], "config.json: no such file"),
+        (["--base", plain_dir, "--adapter", plain_dir, "--merge", tmp_path / "a"], "config.json"),
     ):
-        code, out, err = call(*words)
+        code, out, err = call(*arguments)
         assert (code, out) == (2, "")
         assert expected in err
     assert not (tmp_path / "a").exists()
 
 
-def test_a_base_without_a_tensor_is_refused(call, tmp_path, base_dir, plain_dir):
+def test_base_without_a_tensor_is_rejected(call, tmp_path, base_dir, plain_dir):
     base = shutil.copytree(base_dir, tmp_path / "base")
     write_tensors(base / "model.safetensors", {})
     code, _, err = call("--base", base, "--adapter", plain_dir, "--merge", tmp_path / "out")
@@ -318,11 +311,11 @@ def test_a_base_without_a_tensor_is_refused(call, tmp_path, base_dir, plain_dir)
     assert str(base) in err
 
 
-# Against the real thing, where it is installed: pip install transformers
+# Compared with the packages themselves where they are installed: pip install peft transformers
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_merged_checkpoint_gives_the_same_logits_in_transformers(call, tmp_path, kind):
+def test_merged_checkpoint_gives_the_same_logits_in_transformers(call, tmp_path, kind):
     transformers = pytest.importorskip("transformers")
     base, adapter = kind
     call("--base", base, "--adapter", adapter, "--merge", tmp_path / "out")
@@ -331,7 +324,7 @@ def test_a_merged_checkpoint_gives_the_same_logits_in_transformers(call, tmp_pat
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_merged_checkpoint_in_bfloat16_is_loaded_in_bfloat16(call, tmp_path):
+def test_transformers_loads_a_bfloat16_checkpoint_as_bfloat16(call, tmp_path):
     transformers = pytest.importorskip("transformers")
     base = write_base(tmp_path / "base", "qwen2", torch.bfloat16)
     adapter = write_adapter(tmp_path / "adapter", base)
@@ -345,7 +338,7 @@ def test_a_merged_checkpoint_in_bfloat16_is_loaded_in_bfloat16(call, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_an_exported_adapter_gives_the_same_logits_in_peft(call, tmp_path, kind):
+def test_exported_adapter_gives_the_same_logits_in_peft(call, tmp_path, kind):
     transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
     base, adapter = kind
     if base.joinpath("config.json").read_text().count("baichuan"):

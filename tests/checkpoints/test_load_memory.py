@@ -1,0 +1,73 @@
+"""Loading needs little more memory than the weights, in every dtype and for the family with packed matrices."""
+
+import json
+import math
+import os
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from paths import ROOT
+from tiny_checkpoints import TINY, config_json, tensor_shapes
+
+# VmHWM and not getrusage, whose maximum a child inherits. One fork per checkpoint, so that torch is imported once; a
+# tiny checkpoint first, for memory that is mapped at the first use.
+MEASURE = """
+import os, sys
+from pathlib import Path
+import torch
+from minidoctor.checkpoints.hugging_face import load_model
+
+def peak():
+    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
+
+for tiny, large, dtype in zip(sys.argv[1::3], sys.argv[2::3], sys.argv[3::3]):
+    if os.fork() == 0:
+        load_model(tiny, getattr(torch, dtype))
+        before = peak()
+        model = load_model(large, getattr(torch, dtype))
+        weights = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in model.parameters()}
+        print(sum(weights.values()), peak() - before, flush=True)
+        os._exit(0)
+    os.waitpid(-1, 0)
+"""
+LARGE = {"vocab_size": 32_000, "hidden_size": 1024, "num_attention_heads": 8, "num_key_value_heads": 8}
+LARGE |= {"head_dim": 128, "intermediate_size": 3072, "num_hidden_layers": 4}
+CASES = {
+    "float16 to float32": ("llama", "F16", "float32"),
+    "float32 to bfloat16": ("llama", "F32", "bfloat16"),
+    "W_pack": ("baichuan2", "BF16", "bfloat16"),
+}
+
+
+def write_zeros(directory, kind, code, **changes):
+    """Write a checkpoint of zeros, which take no space on the disk but memory when they are read."""
+    directory.mkdir()
+    settings = config_json(kind, **changes)
+    (directory / "config.json").write_text(json.dumps(settings))
+    header, end = {}, 0
+    for name, shape in tensor_shapes(settings).items():
+        begin, end = end, end + math.prod(shape) * {"F32": 4, "F16": 2, "BF16": 2}[code]
+        header[name] = {"dtype": code, "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    (directory / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text)
+    os.truncate(directory / "model.safetensors", 8 + len(text) + end)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's account of a process's memory")
+def test_peak_memory_is_at_most_1_15_times_the_weights(tmp_path):
+    arguments = []
+    for i, (kind, code, dtype) in enumerate(CASES.values()):
+        write_zeros(tmp_path / f"tiny{i}", kind, code, **TINY)
+        write_zeros(tmp_path / f"large{i}", kind, code, **LARGE)
+        arguments += [str(tmp_path / f"tiny{i}"), str(tmp_path / f"large{i}"), dtype]
+    command = [sys.executable, "-c", MEASURE, *arguments]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    measured = [tuple(map(int, line.split())) for line in result.stdout.splitlines()]
+    assert len(measured) == len(CASES)
+    for case, (weights, peak) in zip(CASES, measured, strict=True):
+        assert weights > 2**27, case
+        assert weights <= peak <= 1.15 * weights, case
