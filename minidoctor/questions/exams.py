@@ -1,102 +1,120 @@
-"""CMExam and CMMLU as published: CSV files, told apart by their columns.
+"""CMB, CMExam and CMMLU in their published files.
 
-    CMMLU    ,Question,A,B,C,D,Answer                  the subject is the file name
-    CMExam   Question,Options,Answer,Explanation       one option per line, "A text"
+    CMMLU    CSV ,Question,A,B,C,D,Answer                 the topic is the file name
+    CMExam   CSV Question,Options,Answer,Explanation      one option per line, "A text"
+    CMB      JSON list of {"id", "question", "option": {"A": ...}, "answer", "question_type", "exam_type", ...};
+             the answers to the test questions are in a second file, by id
 
-CMExam does not publish which questions have several correct letters: the number of letters in the answer decides.
-
-CMExam: https://arxiv.org/abs/2306.03030. CMMLU: https://arxiv.org/abs/2306.09212.
+CMB: https://arxiv.org/abs/2308.08833. CMExam: https://arxiv.org/abs/2306.03030. CMMLU: https://arxiv.org/abs/2306.09212.
 """
 
 import csv
 import io
 import re
-from collections.abc import Iterator
+from itertools import takewhile
 from pathlib import Path
+from string import ascii_uppercase
 from typing import Any
 
 from minidoctor.config import UserError
-from minidoctor.files.json_files import split_lines
-from minidoctor.questions.rows import (
-    Row,
-    conversation,
-    detect_language,
-    format_multiple_choice,
-    parse_letters,
-    parse_options,
-    require_text,
-)
+from minidoctor.files.json_files import read_text, split_lines, unique_keys
+from minidoctor.questions.json_rows import check_keys, parse_json_list
+from minidoctor.questions.rows import Row, make_row, parse_options, require_text
 
 CMMLU = {"Question", "A", "B", "C", "D", "Answer"}
 CMEXAM = {"Question", "Options", "Answer"}
+CMB_FIELDS = ("exam_type", "exam_class", "exam_subject", "question_type")
 
 
-def parse_csv(path: Path, text: str) -> Iterator[tuple[int, dict[str, str]]]:
-    """Yield the line of each record and its cells by column, none if their number differs from the header's.
+def parse_csv(path: Path, text: str) -> list[tuple[int, dict[str, str]]]:
+    """Return the line of each record and its cells by column, none if their number differs from the header's.
 
     Strict: an unclosed quote would swallow the rest of the file. Raises UserError.
     """
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    records, reader = [], csv.reader(io.StringIO(text, newline=""), strict=True)
+    limit = csv.field_size_limit(len(text) + 1)  # of all readers, therefore restored below; its default is 131,072
     try:
         header = [name.strip() for name in next(cells for cells in reader if "".join(cells).strip())]
+        unique_keys([(name, None) for name in header if name])
         line = reader.line_num + 1
         for cells in reader:
             if cells:
-                yield line, dict(zip(header, cells, strict=False)) if len(cells) == len(header) else {}
+                records.append((line, dict(zip(header, cells, strict=True)) if len(cells) == len(header) else {}))
             line = reader.line_num + 1
-    except csv.Error as error:
+    except (csv.Error, UserError) as error:
         raise UserError(f"{path}:{reader.line_num}: not CSV ({error})") from None
+    finally:
+        csv.field_size_limit(limit)
+    return records
 
 
-def parse_cmmlu(subject: str, number: int, record: dict[str, str]) -> Row:
-    options = {letter: record.get(letter, "") for letter in "ABCD"}
-    answer = record.get("Answer", "")
-    return make_exam_row("cmmlu", f"{subject}-{number}", record, "Question", options, answer, topic=subject)
+def parse_csv_record(stem: str, number: int, record: dict[str, str]) -> Row:
+    """Return the row of a record of CMMLU or CMExam. Several letters may be correct if the answer has several."""
+    if not record:
+        raise UserError("not as many cells as columns")
+    question, answer = require_text(record, "Question").strip(), require_text(record, "Answer")
+    if "A" in record:  # columns beyond D, if any, may be empty
+        columns = takewhile(record.__contains__, ascii_uppercase)
+        options = {letter: record[letter] for letter in columns if letter <= "D" or record[letter].strip()}
+    else:
+        options = parse_option_lines(record["Options"])
+    extra = {name.lower(): "" if cell == "nan" else cell.strip() for name, cell in record.items()}
+    check_keys(extra, {"question", "options", "answer"}, "a CSV file")
+    fields = {"exam": "cmmlu", "topic": stem} if "A" in record else {"exam": "cmexam"}
+    fields |= {"explanation": extra.get("explanation", "")}
+    return make_row({}, f"{stem}-{number}", question, parse_options(options, answer), options, **fields)
 
 
-def parse_cmexam(stem: str, number: int, record: dict[str, str]) -> Row:
+def parse_option_lines(text: str) -> dict[str, str]:
     options: dict[str, str] = {}
-    for line in split_lines(record.get("Options", "")):
+    for line in split_lines(text):
         match = re.fullmatch(r"\s*([A-Z])[\s.．、:：]\s*(.+)", line)
         if not match or match[1] in options:
             raise UserError(f"options must be one per line, a letter in front, got {line!r:.40}")
         options[match[1]] = match[2]
-    explanation = record.get("Explanation", "").strip()
-    explanation = "" if explanation == "nan" else explanation
-    answer = record.get("Answer", "")
-    return make_exam_row("cmexam", f"{stem}-{number}", record, "Question", options, answer, explanation=explanation)
+    return options
 
 
-def make_exam_row(
-    exam: str,
-    row_id: str,
-    record: dict[str, Any],
-    key: str,
-    options: dict[str, str],
-    answer: Any,
-    answer_required: bool = True,
-    **fields: Any,
-) -> Row:
-    """Return the row of a record. Raises UserError if it is not a question with options and letters of these."""
-    if not record:
-        raise UserError("not as many cells as columns")
-    question = require_text(record, key).strip()
-    if not isinstance(answer, str):
-        raise UserError(f"the answer must be letters, got {answer!r:.40}")
-    if answer_required and not answer.strip():
-        raise UserError("no answer")
-    parse_options(options)
-    letters = "".join(sorted(parse_letters(answer.strip(), options)))
-    messages = conversation(*format_multiple_choice(question, options, letters))
-    question_type = fields.get("metadata", {}).get("question_type")  # if published, the answer does not decide
-    return Row(
-        id=row_id,
-        messages=messages if letters else messages[:1],
-        question=question,
-        options=options,
-        answer=letters,
-        language=detect_language(question),
-        multiple_answers="多" in question_type if question_type else len(letters) > 1,
-        exam=exam,
-        **{"topic": "", **fields},
-    )
+def parse_cmb_record(number: int, record: Any, answers: dict[str, dict[str, Any]]) -> Row:
+    """Return the row of a record of CMB, completed by its entry in the file of answers."""
+    if not isinstance(record, dict):
+        raise UserError(f"expected a JSON object, got {type(record).__name__}")
+    if "question" not in record and "answer" in record:
+        raise UserError("an answer without a question; pass a file of answers with --answers")
+    check_keys(record, {"question", "option", "answer"}, "CMB")
+    published = answers.get(str(record.get("id")), {})
+    record = published | {key: value for key, value in sort_answer(record).items() if value or key not in published}
+    for key in (*CMB_FIELDS, "answer"):
+        if published.get(key) and published[key] != record[key]:
+            raise UserError(f"{key} is {record[key]!r:.40}, in the file of answers {published[key]!r:.40}")
+    if not isinstance(record.get("option"), dict):
+        raise UserError('no "option"')
+    options = {letter: text for letter, text in record["option"].items() if text != ""}  # a fifth one may be empty
+    if not isinstance(answer := record.get("answer") or "", str):
+        raise UserError(f'"answer" must be letters, got {answer!r:.40}')
+    question, letters = require_text(record, "question").strip(), parse_options(options, answer)
+    metadata = {key: require_text(record, key) for key in CMB_FIELDS if record.get(key)}
+    fields: dict[str, Any] = {"exam": "cmb", "topic": metadata.get("exam_subject", ""), "metadata": metadata}
+    if "question_type" in metadata:  # more reliable than the answer, and published without it
+        fields["multiple_answers"] = "多" in metadata["question_type"]
+    return make_row(record, f"row-{number + 1}", question, letters, options, **fields)
+
+
+def sort_answer(record: dict[str, Any]) -> dict[str, Any]:
+    answer = record.get("answer")
+    return record | {"answer": "".join(sorted(answer.strip()))} if isinstance(answer, str) else record
+
+
+def read_answers(path: Path) -> dict[str, dict[str, Any]]:
+    """Return CMB's answers by the id of their question. Raises FileNotFoundError or UserError."""
+    expected, text = '{"id": ..., "answer": "A"}', read_text(path)
+    if not text.lstrip().startswith("["):
+        raise UserError(f"{path}: expected a JSON list of {expected}")
+    answers: dict[str, dict[str, Any]] = {}
+    for line, record in parse_json_list(path, text):
+        if not isinstance(record, dict) or not isinstance(record.get("answer"), str) or "id" not in record:
+            raise UserError(f"{path}:{line}: expected {expected}, got {record!r:.60}")
+        if str(record["id"]) in answers:
+            raise UserError(f"{path}:{line}: a second answer for question {record['id']!r:.40}")
+        answers[str(record["id"])] = sort_answer(record)
+    return answers

@@ -1,104 +1,106 @@
-"""Rows of JSON lines, in one of the formats of `FORMATS`, and JSON lists with the line of each entry."""
+"""Rows of JSON objects, in one of the formats of `FORMATS`, and the entries of a JSON list.
+
+A key is rejected if other tools take it as part of the prompt or of the loss and the row's format does not support it:
+without it, the row would teach something else.
+"""
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from minidoctor.config import UserError
-from minidoctor.files.json_files import parse_json, read_lines, split_lines, unique_keys
-from minidoctor.questions.rows import (
-    Message,
-    Row,
-    conversation,
-    detect_language,
-    format_multiple_choice,
-    parse_id,
-    parse_letters,
-    parse_options,
-    require_text,
+from minidoctor.files.json_files import split_lines, unique_keys
+from minidoctor.questions.rows import Row, conversation, is_blank, make_row, optional_text, parse_options, require_text
+
+# The supported keys of a row, by the key that identifies its format. Next to a list of messages, which is complete, the
+# plain keys can only repeat it.
+PLAIN = {"instruction", "input", "output", "question", "option", "options", "choices", "answer"}
+FORMATS = {
+    "messages": {"messages", "system", *PLAIN},
+    "conversations": {"conversations", "system", *PLAIN},  # ShareGPT
+    "instruction": {"instruction", "input", "output", "system", "history"},  # Alpaca
+    "question": {"question", "options", "answer"},
+}
+# Further keys of OpenAI's fine-tuning API, TRL, LLaMA-Factory and axolotl: of the prompt, of a message, of the loss.
+MEANINGFUL = re.compile(
+    "system|history|context|passage|documents|tools|functions|(image|video|audio)s?"
+    "|tool_calls|tool_call_id|function_call|reasoning_content|thinking"
+    "|chosen|rejected|kto_tag|weight|mask|loss_mask|train"
 )
-
-ENTRY = re.compile(r"[^\s,]")  # the first character of an entry, or the closing bracket
-
-
-def read_rows(path: str | Path) -> list[Row]:
-    """Read JSON lines. Raises FileNotFoundError, or UserError with file and line."""
-    path = Path(path)
-    rows = []
-    for number, line in enumerate(read_lines(path), start=1):
-        if line.strip():
-            try:
-                rows.append(parse_row(parse_json(line), str(number)))
-            except UserError as error:
-                raise UserError(f"{path}:{number}: {error}") from None
-    if not rows:
-        raise UserError(f"{path}: no rows, expected one JSON object per line")
-    return rows
+ROLES = {"human": "user", "gpt": "assistant", "system": "system", "user": "user", "assistant": "assistant"}
+ENTRY = re.compile(r"[^\s,]")  # the first character of an entry in a JSON list, or the closing bracket
 
 
 def parse_row(record: Any, default_id: str) -> Row:
     """Return the row of one JSON object. Raises UserError."""
     if not isinstance(record, dict):
         raise UserError(f"expected a JSON object, got {type(record).__name__}")
-    options: dict[str, str] = {}
-    if "messages" in record:
-        messages = parse_messages(record["messages"])
-        question = [message["content"] for message in messages if message["role"] == "user"][-1]
-        answer = messages[-1]["content"]
-    elif "instruction" in record:
-        context = require_text(record, "input") if record.get("input") else ""
-        question = "\n".join(filter(None, [require_text(record, "instruction"), context]))
-        answer = require_text(record, "output")
-        messages = conversation(question, answer)
-    else:
-        question, answer = require_text(record, "question"), require_text(record, "answer")
-        if "option" in record and "options" not in record:
-            raise UserError('"option" is the key of CMB in a JSON list; here it is "options"')
-        messages = conversation(question, answer)
+    kind = next((key for key in FORMATS if record.get(key) is not None), "question")
+    check_keys(record, FORMATS[kind], f'a row with "{kind}"')
+    if kind == "question":
+        question, answer, options = require_text(record, "question"), require_text(record, "answer"), {}
         if "options" in record:
-            options = parse_options(record["options"])
-            answer = parse_letters(answer, options)
-            messages = conversation(*format_multiple_choice(question, options, answer))
-    return Row(
-        id=parse_id(record, default_id),
-        messages=messages,
-        question=question,
-        options=options,
-        answer=answer,
-        topic=require_text(record, "topic") if "topic" in record else "",
-        language=detect_language(question),
-        explanation=require_text(record, "explanation") if record.get("explanation") else "",
-        multiple_answers=bool(options) and len(answer) > 1,
-    )
+            options, answer = record["options"], parse_options(record["options"], answer)
+        return make_row(record, default_id, question, answer, options)
+    messages = [{"role": "system", "content": system}] if (system := optional_text(record, "system")) else []
+    if kind == "instruction":
+        question = "\n".join(filter(None, [require_text(record, "instruction"), optional_text(record, "input")]))
+        messages += parse_history(record.get("history")) + conversation(question, require_text(record, "output"))
+    else:
+        messages += parse_messages(record[kind])
+        question = [message["content"] for message in messages if message["role"] == "user"][-1]
+    return make_row(record, default_id, question, messages[-1]["content"], {}, messages=messages)
 
 
-def parse_messages(messages: Any) -> list[Message]:
+def check_keys(record: Mapping[str, Any], supported: set[str], where: str) -> None:
+    """Raise UserError for a key that would be lost, unless its value is null or empty."""
+    for key, value in record.items():
+        meaningful = key in PLAIN or key in FORMATS or MEANINGFUL.fullmatch(key)
+        if meaningful and key not in supported and not is_blank(value) and value not in ([], {}):
+            raise UserError(f'"{key}" is not supported in {where} and would be lost; remove it or put it into the text')
+
+
+def parse_messages(messages: Any) -> list[dict[str, str]]:
     """Return a conversation that contains a user's message and ends with the assistant's. Raises UserError."""
     if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) for m in messages):
-        raise UserError('"messages" must be a list of {"role", "content"}')
-    parsed = [{"role": require_text(m, "role"), "content": require_text(m, "content")} for m in messages]
-    for message in parsed:
-        if message["role"] not in ("system", "user", "assistant"):
-            raise UserError(f"a role must be system, user or assistant, got {message['role']!r:.40}")
-    if parsed[-1]["role"] != "assistant" or not any(message["role"] == "user" for message in parsed):
+        raise UserError('the messages must be a list of {"role", "content"} or {"from", "value"}')
+    parsed = []
+    for message in messages:
+        check_keys(message, set(), "a message")
+        role_key, text_key = ("from", "value") if "from" in message else ("role", "content")
+        if require_text(message, role_key) not in ROLES:
+            raise UserError(f'"{role_key}" must be one of {", ".join(ROLES)}, got {message[role_key]!r:.40}')
+        parsed.append({"role": ROLES[message[role_key]], "content": require_text(message, text_key)})
+    if parsed[-1]["role"] != "assistant" or all(message["role"] != "user" for message in parsed):
         raise UserError("the messages must contain a user's and end with the assistant's")
     return parsed
+
+
+def parse_history(history: Any) -> list[dict[str, str]]:
+    """Return the messages of earlier turns, a list of [user, assistant]. Raises UserError."""
+    turns = history or []
+    if not isinstance(turns, list) or not all(isinstance(turn, list) and len(turn) == 2 for turn in turns):
+        raise UserError('"history" must be a list of [user, assistant]')
+    texts = [[require_text({"history": text}, "history") for text in turn] for turn in turns]
+    return [message for turn in texts for message in conversation(*turn)]
 
 
 def parse_json_list(path: Path, text: str) -> Iterator[tuple[int, Any]]:
     """Yield line and value of each entry of a JSON list. Raises UserError."""
     text = "\n".join(split_lines(text))
     decoder = json.JSONDecoder(object_pairs_hook=unique_keys)
+    position = text.index("[") + 1
+    line = 1 + text.count("\n", 0, position)
     try:
         json.loads(text)  # validates the commas: from here on only white space and commas separate the entries
-        position = text.index("[") + 1
-        line = 1 + text.count("\n", 0, position)
         while (entry := ENTRY.search(text, position)) and entry[0] != "]":
             line += text.count("\n", position, entry.start())
             record, position = decoder.raw_decode(text, entry.start())
             yield line, record
             line += text.count("\n", entry.start(), position)
+    except UserError as error:
+        raise UserError(f"{path}:{line}: {error}") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not JSON ({error})") from None

@@ -1,10 +1,8 @@
 """Questions that occur in training and in evaluation, compared by a hash of the normalized text.
 
-The accuracy on a question that was trained on measures memory. Hashes of 8 bytes are small enough to be stored with an
-adapter, so that a later evaluation can report such questions without the training file.
-
-Two spellings of one question have one hash: Unicode's compatibility forms (full-width, decomposed), letter case, white
-space and punctuation are normalized. Signs are kept, because "HBsAg(-)" and "HBsAg(+)" are two questions.
+The accuracy on a question that was trained on measures memory. Hashes of 8 bytes are stored with an adapter, so that a
+later evaluation can report such questions without the training file. Unicode's compatibility forms (full-width,
+decomposed), letter case, white space and punctuation are normalized. Signs are kept: "HBsAg(-)" is not "HBsAg(+)".
 """
 
 import hashlib
@@ -47,7 +45,7 @@ def hash_question(question: str, options: Sequence[str] = ()) -> int:
 
 def question_hash(row: Row) -> int:
     """Return the hash of the question that a row asks, with its options and the user's earlier turns."""
-    *earlier, _ = user_turns(row)
+    earlier = [message["content"] for message in row.messages if message["role"] == "user"][:-1]
     return hash_question("\n".join([*earlier, row.question]), list(row.options.values()))
 
 
@@ -56,11 +54,5 @@ def training_hashes(row: Row) -> set[int]:
 
     A question of the evaluation was trained on if its `question_hash` is among them.
     """
-    if row.options:
-        return {question_hash(row)}
-    turns = user_turns(row)
-    return set(map(hash_question, [*turns, *accumulate(turns, "{}\n{}".format)]))
-
-
-def user_turns(row: Row) -> list[str]:
-    return [message["content"] for message in row.messages if message["role"] == "user"]
+    turns = [message["content"] for message in row.messages if message["role"] == "user"]
+    return {question_hash(row), *map(hash_question, [*turns, *accumulate(turns, "{}\n{}".format)])}

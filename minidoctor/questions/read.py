@@ -1,28 +1,26 @@
 """Questions of a file or directory, in the format that the content shows.
 
-A record of a benchmark that cannot be used is skipped and reported with file and line, because published files have a
-few of them. In JSON lines, which users write themselves, it stops the program.
+A malformed record of a benchmark is skipped and reported, because the published files contain a few. In a user's own
+JSON lines or list it raises UserError.
 """
 
 import csv
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from minidoctor.config import UserError
-from minidoctor.files.json_files import read_text, split_lines
-from minidoctor.questions.cmb import parse_cmb, read_answers
-from minidoctor.questions.exams import CMEXAM, CMMLU, parse_cmexam, parse_cmmlu, parse_csv
-from minidoctor.questions.json_rows import parse_json_list, read_rows
+from minidoctor.files.json_files import parse_json, read_text, split_lines
+from minidoctor.questions import exams
+from minidoctor.questions.json_rows import FORMATS, parse_json_list, parse_row
 from minidoctor.questions.rows import Row
 
 SUFFIXES = (".csv", ".json", ".jsonl")
 
 
 class Questions(NamedTuple):
-    """The rows of a file or directory."""
-
     rows: list[Row]
-    malformed: list[str]  # "file:line: reason" of each skipped record, and unused answers
+    malformed: list[str]  # "file:line: reason" of each skipped record, and the number of unused answers
 
 
 def read_questions(path: str | Path, answers_file: str | Path | None = None) -> Questions:
@@ -30,7 +28,7 @@ def read_questions(path: str | Path, answers_file: str | Path | None = None) -> 
 
     Raises FileNotFoundError, or UserError if a file has none of the formats or no question.
     """
-    answers = read_answers(Path(answers_file)) if answers_file else {}
+    answers = exams.read_answers(Path(answers_file)) if answers_file else {}
     files = [read_file(file, answers) for file in list_question_files(Path(path))]
     rows = [row for file in files for row in file.rows]
     malformed = [message for file in files for message in file.malformed]
@@ -39,39 +37,64 @@ def read_questions(path: str | Path, answers_file: str | Path | None = None) -> 
     return Questions(rows, malformed)
 
 
+def read_rows(path: str | Path) -> list[Row]:
+    """Read questions none of which may be malformed. Raises FileNotFoundError or UserError."""
+    rows, malformed = read_questions(path)
+    if malformed:
+        raise UserError(malformed[0])
+    return rows
+
+
 def list_question_files(path: Path) -> list[Path]:
-    """Return the path itself, or the files of a directory that can contain questions. Raises FileNotFoundError."""
+    """Return the path itself, or the question files of a directory. Raises FileNotFoundError if there is none."""
     if not path.is_dir():
         return [path]
-    files = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES and file.is_file())
+    visible = (file for file in sorted(path.iterdir()) if not file.name.startswith("."))  # not macOS's ._x.csv
+    files = [file for file in visible if file.suffix.lower() in SUFFIXES and file.is_file()]
     if not files:
         raise FileNotFoundError(f"{path}: no {', '.join(SUFFIXES)} file here")
     return files
 
 
 def read_file(path: Path, answers: dict[str, dict[str, Any]]) -> Questions:
+    """Read one file. `answers` are CMB's by id."""
     text = read_text(path)
     start = text[:1000].lstrip()
-    header = set(next(csv.reader(split_lines(start)[:1]), []))
+    header = {name.strip() for name in next(csv.reader(split_lines(start)[:1]), [])}
     if start.startswith("["):
-        records, parse = parse_json_list(path, text), lambda number, record: parse_cmb(number, record, answers)
-    elif header >= CMMLU:
-        records, parse = parse_csv(path, text), lambda number, record: parse_cmmlu(path.stem, number, record)
-    elif header >= CMEXAM:
-        records, parse = parse_csv(path, text), lambda number, record: parse_cmexam(path.stem, number, record)
-    elif path.suffix == ".csv":
-        raise UserError(
-            f"{path}: the columns are {', '.join(sorted(header))!r:.80}, "
-            f"expected CMMLU's ({', '.join(sorted(CMMLU))}) or CMExam's ({', '.join(sorted(CMEXAM))})"
-        )
-    else:
-        return Questions(read_rows(path), [])
+        entries = list(parse_json_list(path, text))
+        if is_cmb([entry for _, entry in entries]):
+            return parse_records(path, entries, lambda i, _, entry: exams.parse_cmb_record(i, entry, answers))
+        return parse_records(path, entries, lambda i, _, entry: parse_row(entry, str(i + 1)), strict=True)
+    if header >= exams.CMMLU or header >= exams.CMEXAM:
+        records = exams.parse_csv(path, text)
+        return parse_records(path, records, lambda i, _, record: exams.parse_csv_record(path.stem, i, record))
+    if path.suffix.lower() == ".csv":
+        columns, cmmlu, cmexam = (", ".join(sorted(names)) for names in (header, exams.CMMLU, exams.CMEXAM))
+        raise UserError(f"{path}: the columns are {columns!r:.80}, expected CMMLU's ({cmmlu}) or CMExam's ({cmexam})")
+    lines = ((line, text) for line, text in enumerate(split_lines(text), start=1) if text.strip())
+    return parse_records(path, lines, lambda _, line, text: parse_row(parse_json(text), str(line)), strict=True)
+
+
+def is_cmb(entries: list[Any]) -> bool:
+    """Return whether the entries of a JSON list have CMB's format, not one of JSON lines."""
+    keys = set().union(*(entry for entry in entries if isinstance(entry, dict)))
+    formats = keys & {*FORMATS, "options"}
+    return "option" in keys or not formats or (formats == {"question"} and bool(keys & {*exams.CMB_FIELDS}))
+
+
+def parse_records(
+    path: Path, records: Iterable[tuple[int, Any]], parse: Callable[[int, int, Any], Row], strict: bool = False
+) -> Questions:
+    """Return parse(index, line, record) of each (line, record). Raises UserError if there is no row."""
     rows, malformed = [], []
-    for number, (line, record) in enumerate(records):
+    for i, (line, record) in enumerate(records):
         try:
-            rows.append(parse(number, record))
+            rows.append(parse(i, line, record))
         except UserError as error:
             malformed.append(f"{path}:{line}: {error}")
+            if strict:
+                raise UserError(malformed[0]) from None
     if not rows:
         raise UserError(malformed[0] if malformed else f"{path}: no questions")
     return Questions(rows, malformed)

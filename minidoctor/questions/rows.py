@@ -1,6 +1,7 @@
 """One question: its record, the checks of its fields, and its text as a conversation."""
 
 import re
+import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 from minidoctor.config import UserError
 
 Message = dict[str, str]  # {"role": ..., "content": ...}
+INVISIBLE = "\u034f\u115f\u1160\u2800\u3164\uffa0"  # neither white space nor control characters, but drawn without ink
 
 
 @dataclass(frozen=True)
@@ -27,38 +29,46 @@ class Row:
     metadata: dict[str, str] = field(default_factory=dict)  # CMB: exam_type, exam_class, exam_subject, question_type
 
 
+def is_blank(value: Any) -> bool:
+    """Return whether a value is null or text without a visible character."""
+    return value is None or (
+        isinstance(value, str)
+        and all(c.isspace() or unicodedata.category(c) in ("Cc", "Cf") or c in INVISIBLE for c in value)
+    )
+
+
 def require_text(record: Mapping[str, Any], key: str) -> str:
     """Return the text of a field. Raises UserError if it is missing, not text or blank."""
     if key not in record:
         raise UserError(f'no "{key}"')
     text = record[key]
-    if not isinstance(text, str) or not text.strip():
+    if not isinstance(text, str) or is_blank(text):
         raise UserError(f'"{key}" must be text, got {text!r:.40}')
     if not text.isascii() and re.search("[\ud800-\udfff]", text):
         raise UserError(f'"{key}" contains half a character (a lone surrogate): {text!r:.40}')
     return text
 
 
-def parse_id(record: Mapping[str, Any], default: str) -> str:
-    return require_text(record, "id") if isinstance(record.get("id"), str) else str(record.get("id", default))
+def optional_text(record: Mapping[str, Any], key: str) -> str:
+    """Return the text of a field, or "" if it is missing, null or blank. Raises UserError if it is not text."""
+    return "" if is_blank(record.get(key)) else require_text(record, key)
 
 
-def parse_options(options: Any) -> dict[str, str]:
-    """Check options by letter. Raises UserError."""
+def parse_options(options: Any, answer: str) -> str:
+    """Check the options and return the letters of the answer in alphabetical order: "BA" and "AB" are one set.
+
+    Raises UserError unless the options have one capital letter each and the answer consists of some of them.
+    """
     if not isinstance(options, dict) or len(options) < 2:
         raise UserError('"options" must be an object with at least two letters')
     for letter in options:
         if not re.fullmatch("[A-Z]", letter):
             raise UserError(f"an option must have one capital letter, got {letter!r:.40}")
         require_text(options, letter)
-    return options
-
-
-def parse_letters(answer: str, options: dict[str, str]) -> str:
-    """Return the letters of an answer, each once. Raises UserError if they are not letters of the options."""
-    if not set(answer) <= set(options) or len(set(answer)) != len(answer):
+    letters = "".join(sorted(answer.strip()))
+    if not set(letters) <= set(options) or len(set(letters)) != len(letters):
         raise UserError(f'"answer" must be among the options {"".join(options)}, got {answer!r:.40}')
-    return answer
+    return letters
 
 
 def format_multiple_choice(question: str, options: dict[str, str], letters: str) -> tuple[str, str]:
@@ -71,11 +81,23 @@ def conversation(question: str, answer: str) -> list[Message]:
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
+def make_row(
+    record: Mapping[str, Any], default_id: str, question: str, answer: str, options: dict[str, str], **fields: Any
+) -> Row:
+    """Return the row of a record, whose "id", "topic" and "explanation" are optional. `fields` replace any value."""
+    messages = conversation(*(format_multiple_choice(question, options, answer) if options else (question, answer)))
+    values: dict[str, Any] = {
+        "id": str(record["id"]) if isinstance(record.get("id"), int) else optional_text(record, "id") or default_id,
+        "messages": messages if answer else messages[:1],
+        "topic": optional_text(record, "topic"),
+        "language": "zh" if re.search("[\u4e00-\u9fff]", question) else "en",
+        "explanation": optional_text(record, "explanation"),
+        "multiple_answers": bool(options) and len(answer) > 1,
+    }
+    return Row(question=question, options=options, answer=answer, **values | fields)
+
+
 def add_explanation(row: Row) -> list[Message]:
     """Return the row's messages with its explanation below the answer."""
     *prompt, answer = row.messages
     return [*prompt, {"role": "assistant", "content": "\n".join(filter(None, [answer["content"], row.explanation]))}]
-
-
-def detect_language(text: str) -> str:
-    return "zh" if re.search("[\u4e00-\u9fff]", text) else "en"

@@ -5,9 +5,8 @@ import unicodedata
 
 import pytest
 
-from minidoctor.questions.json_rows import read_rows
 from minidoctor.questions.overlap import hash_question, question_hash, training_hashes
-from minidoctor.questions.read import read_questions
+from minidoctor.questions.read import read_questions, read_rows
 
 SAME = [
     ("What is gout?", "what is GOUT"),
