@@ -1,1 +1,1 @@
-"""Questions and answers in a terminal or from a file."""
+"""Answers to questions: in a terminal, or to a file of questions."""

@@ -66,6 +66,7 @@ def test_program_writes_and_lists_all_plots(plots, draw, tmp_path, monkeypatch):
 
 def test_layer_selects_the_sublayer_of_the_sentence_plot(plots, draw, monkeypatch):
     drawn = []
+    monkeypatch.setattr(plots, "save", lambda *_: [])
     monkeypatch.setattr(
         plots, "sentence_figure", lambda sentences, model, sublayer: drawn.append((sentences, sublayer))
     )
