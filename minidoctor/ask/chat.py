@@ -12,7 +12,6 @@ from minidoctor.config import SampleConfig, UserError
 from minidoctor.generate import NonFiniteLogits, generate
 from minidoctor.model import Model
 from minidoctor.picture.terminal import question_start, routing_text
-from minidoctor.questions.rows import Message
 from minidoctor.text.stream import TextStream, printable
 from minidoctor.text.tokenizer import Tokenizer
 
@@ -64,7 +63,7 @@ def stream(model: Model, tokenizer: Tokenizer, prompt: list[int], config: Sample
 
 
 def reply(
-    model: Model, tokenizer: Tokenizer, messages: list[Message], config: SampleConfig, sublayer: int | None
+    model: Model, tokenizer: Tokenizer, messages: list[dict[str, str]], config: SampleConfig, sublayer: int | None
 ) -> str:
     """Print and return the answer to the last message. With a sublayer, print the routing of both."""
     prompt = tokenizer.chat(messages)
@@ -78,7 +77,7 @@ def print_routing(model: Model, tokenizer: Tokenizer, tokens: list[int], start: 
     print("\n" + routing_text(model, tokenizer, tokens, start, sublayer, colour=sys.stdout.isatty()))
 
 
-def truncate_history(messages: list[Message], tokenizer: Tokenizer, limit: int) -> list[Message]:
+def truncate_history(messages: list[dict[str, str]], tokenizer: Tokenizer, limit: int) -> list[dict[str, str]]:
     """Drop the earliest turns until the prompt has at most `limit` tokens. The last message always stays."""
     while len(messages) > 1 and len(tokenizer.chat(messages)) > limit:
         messages = messages[2:]
@@ -98,7 +97,7 @@ def chat(model: Model, tokenizer: Tokenizer, config: SampleConfig, sublayer: int
         import readline  # noqa: F401
     read_undecodable()
     print(GREETING)
-    history: list[Message] = []
+    history: list[dict[str, str]] = []
     while True:
         try:
             question = input("> ").strip()
