@@ -8,8 +8,7 @@ from typing import Any
 
 from minidoctor.config import UserError
 
-Message = dict[str, str]  # {"role": ..., "content": ...}
-INVISIBLE = "\u034f\u115f\u1160\u2800\u3164\uffa0"  # neither white space nor control characters, but drawn without ink
+INVISIBLE = {"Zs", "Zl", "Zp", "Cc", "Cf"}  # Unicode categories of white space, control and zero-width characters
 
 
 @dataclass(frozen=True)
@@ -17,7 +16,7 @@ class Row:
     """One question, read from any of the formats that README.md lists."""
 
     id: str  # from the file, otherwise the number of its line or entry
-    messages: list[Message]  # ends with the assistant's answer, unless the benchmark does not publish it
+    messages: list[dict[str, str]]  # ends with the assistant's answer, unless the benchmark does not publish it
     question: str  # without the options
     options: dict[str, str]  # letter to text; empty for a free-form question
     answer: str  # the correct letters in alphabetical order, or the text; empty if not published
@@ -31,10 +30,7 @@ class Row:
 
 def is_blank(value: Any) -> bool:
     """Return whether a value is null or text without a visible character."""
-    return value is None or (
-        isinstance(value, str)
-        and all(c.isspace() or unicodedata.category(c) in ("Cc", "Cf") or c in INVISIBLE for c in value)
-    )
+    return value is None or (isinstance(value, str) and all(unicodedata.category(c) in INVISIBLE for c in value))
 
 
 def require_text(record: Mapping[str, Any], key: str) -> str:
@@ -77,7 +73,7 @@ def format_multiple_choice(question: str, options: dict[str, str], letters: str)
     return "\n".join([question, *lines]), "\n".join(f"{letter}. {options[letter]}" for letter in letters)
 
 
-def conversation(question: str, answer: str) -> list[Message]:
+def conversation(question: str, answer: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
@@ -97,7 +93,7 @@ def make_row(
     return Row(question=question, options=options, answer=answer, **values | fields)
 
 
-def add_explanation(row: Row) -> list[Message]:
+def add_explanation(row: Row) -> list[dict[str, str]]:
     """Return the row's messages with its explanation below the answer."""
     *prompt, answer = row.messages
     return [*prompt, {"role": "assistant", "content": "\n".join(filter(None, [answer["content"], row.explanation]))}]

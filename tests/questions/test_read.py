@@ -13,7 +13,7 @@ from minidoctor.questions.exams import read_answers
 from minidoctor.questions.read import list_question_files, read_questions, read_rows
 
 JSON_ROWS = [
-    {"question": "What is measured in gout?", "answer": "uric acid", "explanation": None},
+    {"question": "Which acid is measured in gout?", "answer": "uric acid", "explanation": None},
     {"question": "哮喘属于？", "options": {"A": "呼吸科", "B": "风湿科"}, "answer": "A", "explanation": "肺病。"},
     {"question": "Which?", "options": {"A": "gout", "B": "asthma", "C": "flu"}, "answer": "AB"},
 ]

@@ -11,7 +11,7 @@ from minidoctor.questions.rows import (
 )
 
 OPTIONS = {"A": "gout", "B": "asthma", "C": "flu"}
-BLANK = ["", " ", "\t\n", "\u3000", "\u200b", "\u200b\u200d\ufeff", "\u2060 \u00ad", "\u3164", "\u2800", "\x00"]
+BLANK = ["", " ", "\t\n", "\u3000", "\u200b", "\u200b\u200d\ufeff", "\u2060 \u00ad", "\u2028", "\x00"]
 
 
 @pytest.mark.parametrize("text", BLANK, ids=ascii)
