@@ -1,52 +1,55 @@
-"""How a multiple-choice question is put: the prompts that the benchmarks publish, and one's own.
+"""Prompts of multiple-choice questions: those that the benchmarks publish, and the user's.
 
-    以下是关于解剖学的单项选择题，请直接给出正确答案的选项。     head: once, and the same for all of a subject
-    题目：女性生殖腺是 ... 答案是：A                             solved questions, if there are shots
+    以下是关于解剖学的单项选择题，请直接给出正确答案的选项。     head: once per prompt, the same for all of a subject
+    题目：女性生殖腺是 ... 答案是：A                             few-shot examples
     题目：听觉中枢位于 ... 答案是：                               item: ends where the answer begins
 
-The text goes to the model in the checkpoint's chat format as one message of the user's, or raw.
+The model gets the text as one user message in the checkpoint's chat format, or as raw text to complete.
 """
 
 import re
-from functools import cache
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
 from minidoctor.batching import IGNORE, Example
 from minidoctor.config import LARGEST, UserError
-from minidoctor.files.json_files import read_bytes
+from minidoctor.evaluate.protocol import EvalConfig
+from minidoctor.files.json_files import read_text
 from minidoctor.questions.rows import Row, conversation
 from minidoctor.text.backends import INSIDE
 from minidoctor.text.tokenizer import Tokenizer, encode_conversation
 
 
 class Prompt(NamedTuple):
+    """Templates with slots in braces."""
+
     item: str
     head: str = ""
-    bare: str | None = None  # the item of a question that does not have all that `item` asks for
+    bare: str | None = None  # the item of a question that lacks a value for a slot of `item`
     option: str = "{letter}. {text}"
-    shot: str = "{item}{answer}\n\n"  # with shots the question itself is put as this, up to the answer
+    shot: str = "{item}{answer}\n\n"  # with few-shot examples the question itself is this, up to the answer
 
 
 PROMPTS = {
-    # As data.py writes multiple choice in training.
+    # Multiple choice as questions/rows.py formats it for training.
     "own": Prompt("{question}\n{options}", shot="{item}\n{answer}\n\n"),
-    # https://github.com/FreedomIntelligence/CMB, workers/base.py. There an option of one character is left out,
-    # here it stays. Shots as its README draws them, the letter alone, and the first ones, not some drawn at random.
+    # https://github.com/FreedomIntelligence/CMB, workers/base.py. We keep options of one character, which it drops.
+    # Few-shot examples as in its README, with the letter as the answer; the first ones instead of random ones.
     "cmb": Prompt(
         "以下是中国{exam_type}中{exam_class}考试的一道{question_type}，不需要做任何分析和解释，直接输出答案选项。\n"
         "{question}\n{options}",
         bare="以下是一道{question_type}，不需要做任何分析和解释，直接输出答案选项。\n{question}\n{options}",
         shot="问：{item}\n答：{answer}\n",
     ),
-    # https://github.com/haonan-li/CMMLU, src/mp_utils.py. Of too many shots the longest goes there, here the last.
+    # https://github.com/haonan-li/CMMLU, src/mp_utils.py; of too many examples it drops the longest, we the last.
     "cmmlu": Prompt(
         "题目：{question}\n{options}\n答案是：",
         head="以下是关于{subject}的单项选择题，请直接给出正确答案的选项。\n\n",
     ),
-    # https://github.com/williamliujl/CMExam, src/preprocess/prompt_templates.py: there "答案: " is what the model
-    # has to write first, here it is the end of the prompt, so that the letter comes next. It has no form with shots.
+    # https://github.com/williamliujl/CMExam, src/preprocess/prompt_templates.py. There the model has to generate
+    # "答案: " first, here the prompt ends with it, so that the letter comes next. It has no few-shot form.
     "cmexam": Prompt(
         "问题: {question}, \n 选项: {options}\n答案:", option="{letter} {text}", shot="{item} {answer}\n\n"
     ),
@@ -57,7 +60,7 @@ PROMPTS = {
         shot="{item}\n{answer}\n\n",
     ),
 }
-# As CMMLU's prompts call its medical subjects: https://github.com/haonan-li/CMMLU, src/categories.py
+# Chinese names of CMMLU's medical subjects: https://github.com/haonan-li/CMMLU, src/categories.py
 SUBJECTS = {
     "anatomy": "解剖学",
     "clinical_knowledge": "临床知识",
@@ -72,152 +75,155 @@ SLOTS = ("question", "options", "subject", "exam_type", "exam_class", "exam_subj
 SLOT = re.compile(r"\{(\w+)\}")
 
 
-class Question(NamedTuple):
-    """A row as it is put to the model."""
+class PromptedQuestion(NamedTuple):
+    """A row with the prompt that asks it."""
 
     row: Row
     text: str
     tokens: list[int]
-    head: str  # the start that other questions of its kind share
-    shots: int  # solved questions in it: as many as were asked for, or as fit
+    head: str  # the beginning that it shares with other questions
+    shots: int  # few-shot examples in the prompt: as many as requested, or as fit
 
 
-def choose_prompt(name: str, row: Row) -> Prompt:
-    """Raises FileNotFoundError or ValueError if there is none of that name."""
-    return named_prompt(row.exam or "own" if name == "auto" else name)
+def load_prompt(name: str) -> Prompt:
+    """Return a published prompt, or the user's: a file with {question} and {options}, its head above a line "---".
 
-
-@cache
-def named_prompt(name: str) -> Prompt:
-    return PROMPTS[name] if name in PROMPTS else read_prompt(Path(name))
-
-
-def read_prompt(path: Path) -> Prompt:
-    """A prompt of one's own: a text with {question} and {options}; what stands above a line "---" is the head."""
-    if not path.is_file():
+    Raises FileNotFoundError or UserError.
+    """
+    if name in PROMPTS:
+        return PROMPTS[name]
+    path = Path(name)
+    if path.is_dir() or not path.exists():
         raise FileNotFoundError(f"prompt {path}: neither {', '.join(PROMPTS)} nor a file")
-    try:
-        text = read_bytes(path).decode("utf-8-sig").replace("\r\n", "\n").removesuffix("\n")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 ({error})") from None
+    text = read_text(path, pipe=True).replace("\r\n", "\n").removesuffix("\n")
     head, line, item = text.rpartition("\n---\n")
-    found = set(SLOT.findall(text))
-    if wrong := ({"question", "options"} - set(SLOT.findall(item))) or (found - set(SLOTS)):
-        known = ", ".join(SLOTS[2:])
-        raise UserError(f"{path}: needs {{question}} and {{options}}, may have {known}: see {', '.join(sorted(wrong))}")
-    # The solved questions' letters stand where the question's own is scored: see Asker.answer_tokens.
+    if wrong := ({"question", "options"} - set(SLOT.findall(item))) or (set(SLOT.findall(text)) - set(SLOTS)):
+        optional, wrong_slots = ", ".join(SLOTS[2:]), ", ".join(sorted(wrong))
+        raise UserError(f"{path}: must contain {{question}} and {{options}}, may contain {optional}: see {wrong_slots}")
+    # Between item and answer comes the character after which the answer is scored: see Prompter.answer_tokens.
     space = "\n" if item.endswith("}") else " " if item[-1].isascii() and not item[-1].isspace() else ""
     return Prompt(item, head + "\n" if line else "", shot="{item}" + space + "{answer}\n\n")
 
 
-def slots_of(row: Row, prompt: Prompt) -> dict[str, str]:
-    """What the row can say of each slot."""
+def slot_values(row: Row, prompt: Prompt) -> dict[str, str]:
     options = [prompt.option.format(letter=letter, text=text) for letter, text in row.options.items()]
-    own = {"question": row.question, "options": "\n".join(options), **row.metadata}
-    known = {"question_type": "选择题"} if row.exam == "cmb" else {}  # never what the answer shows
-    subject = SUBJECTS.get(row.topic, row.topic)
-    return known | ({"subject": subject} if subject else {}) | own
+    values = {"question_type": "选择题"} if row.exam == "cmb" else {}  # without the type, which the answer would reveal
+    if row.topic:
+        values["subject"] = SUBJECTS.get(row.topic, row.topic)
+    return values | {"question": row.question, "options": "\n".join(options), **row.metadata}
 
 
-def fill(template: str, slots: dict[str, str]) -> str:
-    """Once through the template, so that braces in a question stay what they are. Raises KeyError."""
-    return SLOT.sub(lambda slot: slots[slot[1]], template)
+def fill(row: Row, prompt: Prompt, *templates: str) -> str:
+    """Fill the first template whose slots the row has values for. Raises UserError if there is none.
 
-
-def item_of(row: Row, prompt: Prompt) -> str:
-    """The question alone, up to its answer. Raises ValueError if the prompt asks for what the row does not say."""
-    slots = slots_of(row, prompt)
-    for item in filter(None, (prompt.item, prompt.bare)):
-        if set(SLOT.findall(item)) <= set(slots):
-            return fill(item, slots)
-    missing = set(SLOT.findall(prompt.item)) - set(slots)
-    raise UserError(f"question {row.id} has no {min(missing)}, which the prompt asks for")
+    One pass over the template, so that braces within a question stay as they are.
+    """
+    values = slot_values(row, prompt)
+    for template in templates:
+        if set(SLOT.findall(template)) <= set(values):
+            return SLOT.sub(lambda slot: values[slot[1]], template)
+    missing = min(set(SLOT.findall(templates[0])) - set(values))
+    raise UserError(f"question {row.id} has no {missing}, which the prompt requires")
 
 
 def compose(row: Row, prompt: Prompt, shots: list[Row], raw: bool = False) -> tuple[str, str]:
-    """The prompt in two parts: head with the solved questions, and the question.
+    """Return the prompt in two parts: the head with the few-shot examples, and the question.
 
-    Raw, it ends as if there were shots: the letter must not stand right behind the last option.
+    A raw prompt ends as if there were examples: the letter must not follow the last option directly.
     """
-    missing = set(SLOT.findall(prompt.head)) - set(slots_of(row, prompt))
-    if missing:
-        raise UserError(f"question {row.id} has no {min(missing)}, which the prompt asks for")
-    head = fill(prompt.head, slots_of(row, prompt))
-    if not shots and not raw:
-        return head, item_of(row, prompt)
-    solved = [prompt.shot.replace("{answer}", shot.answer).replace("{item}", item_of(shot, prompt)) for shot in shots]
-    asked = prompt.shot.partition("{answer}")[0].rstrip(" ").replace("{item}", item_of(row, prompt))
-    return head + "".join(solved), asked
+
+    def item(question: Row) -> str:
+        return fill(question, prompt, *filter(None, (prompt.item, prompt.bare)))
+
+    head, last = fill(row, prompt, prompt.head), item(row)
+    for shot in shots:
+        head += prompt.shot.replace("{answer}", shot.answer).replace("{item}", item(shot))
+    if shots or raw:
+        last = prompt.shot.partition("{answer}")[0].rstrip(" ").replace("{item}", last)
+    return head, last
 
 
-class Asker:
-    """Puts questions to a model in its chat format, or raw."""
+def answer_example(prompt: list[int], answer: list[int]) -> Example:
+    return Example((prompt + answer)[:-1], [IGNORE] * (len(prompt) - 1) + answer)
 
-    def __init__(self, tokenizer: Tokenizer, raw: bool):
-        self.tokenizer, self.raw = tokenizer, raw
+
+class Prompter:
+    """Formats questions as prompts, in the chat format or raw, and answers as they would follow them."""
+
+    def __init__(self, tokenizer: Tokenizer, config: EvalConfig):
+        self.tokenizer, self.config = tokenizer, config
+        self.prompt = None if config.prompt == "auto" else load_prompt(config.prompt)
+
+    def choose_prompt(self, row: Row) -> Prompt:
+        return self.prompt or PROMPTS[row.exam or "own"]
 
     def tokens(self, text: str) -> list[int]:
-        if self.raw:
+        if self.config.raw:
             return self.tokenizer.start + self.tokenizer.encode(text)
         return self.tokenizer.chat([{"role": "user", "content": text}])
 
     def answer_tokens(self, text: str, answer: str) -> list[int]:
-        """Of an answer as it would be written after this prompt: "A" in a chat or after 答案是：, " A" after Answer:"""
-        if self.raw:
+        """Return the tokens of an answer after this prompt: "A" in a chat or after 答案是：, " A" after Answer:"""
+        if self.config.raw:
             space = " " if text and text[-1].isascii() and not text[-1].isspace() else ""
             return self.tokenizer.encode(space + answer, INSIDE)
         turns = self.tokenizer.chat_turns([{"role": "user", "content": "?"}, {"role": "assistant", "content": answer}])
-        return next(ids for ids, own in turns if own)  # without the token that ends it
+        return next(ids for ids, is_answer in turns if is_answer)  # without the end-of-turn token
 
     def example(self, question: str, answer: str) -> Example:
-        """The bare question answered by this text, the targets on the answer."""
-        if not self.raw:
+        """Return the bare question followed by an answer, with the targets on the answer."""
+        if not self.config.raw:
             return encode_conversation(conversation(question, answer), self.tokenizer, LARGEST)
-        prompt, ids = self.tokens(question), self.answer_tokens(question, answer)
-        return Example((prompt + ids)[:-1], [IGNORE] * (len(prompt) - 1) + ids)
+        return answer_example(self.tokens(question), self.answer_tokens(question, answer))
 
-    def put(self, row: Row, name: str, shots: list[Row], limit: int) -> Question:
-        """With fewer shots where the prompt would be longer than `limit` tokens; an open question bare.
+    def prompt_question(self, row: Row, shots: list[Row], limit: int) -> PromptedQuestion:
+        """Return the row's prompt, with fewer examples if it would exceed `limit` tokens; a free-form question bare.
 
-        Raises FileNotFoundError or ValueError if the prompt cannot be used.
+        Raises UserError if the row lacks a value that the prompt requires.
         """
         if not row.options:
-            tokens = self.tokens(row.question) if self.raw else self.tokenizer.chat(row.messages[:-1])
-            return Question(row, row.question, tokens, "", 0)
-        prompt = choose_prompt(name, row)
+            tokens = self.tokens(row.question) if self.config.raw else self.tokenizer.chat(row.messages[:-1])
+            return PromptedQuestion(row, row.question, tokens, "", 0)
+        prompt = self.choose_prompt(row)
         while True:
-            head, item = compose(row, prompt, shots, self.raw)
+            head, item = compose(row, prompt, shots, self.config.raw)
             tokens = self.tokens(head + item)
             if len(tokens) < limit or not shots:
-                return Question(row, head + item, tokens, head, len(shots))
+                return PromptedQuestion(row, head + item, tokens, head, len(shots))
             shots = shots[:-1]
 
-    def letters(self, text: str, tokens: list[int], options: list[str]) -> tuple[list[int], list[list[int]]]:
-        """The prompt up to where the options' letters part, and each letter's tokens from there on.
+    def letter_examples(self, question: PromptedQuestion) -> dict[str, Example]:
+        """Return the prompt followed by each option's letter, with the targets where the letters differ.
 
-        One token each, unless the vocabulary spells some of them. Raises ValueError if two are the same.
+        That is one token per letter, unless the vocabulary spells some in several. Raises UserError if two are equal.
         """
-        written = [self.answer_tokens(text, letter) for letter in options]
-        if len(set(map(tuple, written))) < len(options):
-            raise UserError(f"the tokenizer writes two of the letters {', '.join(options)} alike: score text")
-        # What all have in common, such as a space that is a token of its own, belongs to the prompt.
+        letters = list(question.row.options)
+        spelled = [self.answer_tokens(question.text, letter) for letter in letters]
+        if len(set(map(tuple, spelled))) < len(letters):
+            raise UserError(
+                f"the tokenizer has the same tokens for two of the letters {', '.join(letters)}: score text"
+            )
+        # A common beginning, such as a space that is a separate token, belongs to the prompt.
         same = 0
-        while all(len(ids) > same + 1 and ids[same] == written[0][same] for ids in written):
+        while all(len(ids) > same + 1 and ids[same] == spelled[0][same] for ids in spelled):
             same += 1
-        end = 0  # and what follows every letter is no part of it: the space behind an answer in llama2's format
-        while all(len(ids) > same + end + 1 and ids[-1 - end] == written[0][-1 - end] for ids in written):
+        end = 0  # A common end is not scored: in llama2's format a space follows every answer.
+        while all(len(ids) > same + end + 1 and ids[-1 - end] == spelled[0][-1 - end] for ids in spelled):
             end += 1
-        return tokens + written[0][:same], [ids[same : len(ids) - end] for ids in written]
+        prompt = question.tokens + spelled[0][:same]
+        scored = [ids[same : len(ids) - end] for ids in spelled]
+        return {letter: answer_example(prompt, ids) for letter, ids in zip(letters, scored, strict=True)}
 
 
-def choose_shots(row: Row, pool: list[Row], n: int) -> list[Row]:
-    """The first n solved questions of the same subject, in CMB of the same exam; of any, if there are none of it."""
+def choose_shots(row: Row, pool: Sequence[Row], n: int) -> list[Row]:
+    """Return the first n questions of the pool on the same subject (CMB: exam), or the first n if there are none."""
 
-    def kind(of: Row) -> tuple[str | None, ...]:
-        return (of.metadata.get("exam_type"), of.metadata.get("exam_class")) if of.exam == "cmb" else (of.topic,)
+    def kind(question: Row) -> tuple[str | None, ...]:
+        about = question.metadata
+        return (about.get("exam_type"), about.get("exam_class")) if question.exam == "cmb" else (question.topic,)
 
     def first(same: bool) -> list[Row]:
-        solved = (shot for shot in pool if shot.options and shot.answer and shot.question != row.question)
-        return list(islice((shot for shot in solved if not same or kind(shot) == kind(row)), n))
+        usable = (shot for shot in pool if shot.options and shot.answer and shot.question != row.question)
+        return list(islice((shot for shot in usable if not same or kind(shot) == kind(row)), n))
 
     return first(same=True) or first(same=False)

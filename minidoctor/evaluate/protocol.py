@@ -1,34 +1,50 @@
-"""TODO"""
+"""The configuration of an evaluation, and the comparison of two protocols.
+
+A protocol is stored with each result: everything that can change it. Two accuracies are comparable only under the same
+prompt, few-shot examples and scoring method.
+"""
 
 from dataclasses import dataclass
+from typing import Any
 
 from minidoctor.config import check, check_range, flag
 
-WAYS = ("logits", "text", "generate", "loss")
+METHODS = ("logits", "text", "generate", "loss")
 
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """How questions are put and what is read as the model's answer."""
+    """Prompt and scoring methods."""
 
     score: tuple[str, ...] = flag(
         ("auto",),
-        "ways of scoring with commas between, the first is the headline: logits (of the letters), text (of each "
-        "option), generate (write and read), loss (auto: logits; for a file of one's own text,logits,loss)",
+        "scoring methods separated by commas, the first gives the headline accuracy: logits (option letters), text "
+        "(option texts), generate (generated answers), loss (auto: logits for a benchmark, else text,logits,loss)",
     )
-    prompt: str = flag("auto", "own, cmb, cmmlu, cmexam, huatuo or a file (auto: the benchmark's own)")
-    shots: int = flag(0, "solved questions in front of each, from --dev")
-    raw: bool = flag(False, "put the prompt as text to go on with, without a chat format")
-    batch_size: int = flag(16, "most questions computed at once; it does not change the answers in float32")
-    max_new_tokens: int = flag(64, "longest written answer in tokens (more for a model that reasons first)")
+    prompt: str = flag("auto", "own, cmb, cmmlu, cmexam, huatuo or a file (auto: the prompt of the benchmark)")
+    shots: int = flag(0, "few-shot examples per prompt, taken from --dev")
+    raw: bool = flag(False, "text completion: the prompt without a chat format")
+    batch_size: int = flag(16, "maximum number of questions per batch; does not change the answers in float32")
+    max_new_tokens: int = flag(64, "maximum length of a generated answer in tokens (reasoning models need more)")
 
     def __post_init__(self) -> None:
         check_range(self, "shots", low=0)
         check_range(self, "batch_size", "max_new_tokens")
-        for way in self.score:
-            check(way in (*WAYS, "auto"), f"score must be of auto, {', '.join(WAYS)}, got {way!r}")
-        check(len(set(self.score)) == len(self.score) > 0, f"score must name each way once, got {self.score}")
-        check(not (self.raw and "loss" in self.score), "the loss is that of a conversation, there is none with --raw")
-        bare = set(self.score) <= {"text", "loss"} and (self.shots or self.prompt != "auto")
-        check(not bare, "text and loss put the bare question: prompt and shots need logits or generate")
-        check(self.score[0] != "loss", "the loss alone is no accuracy: score must begin with another way")
+        for method in self.score:
+            check(method in (*METHODS, "auto"), f"score must be some of auto, {', '.join(METHODS)}, got {method!r}")
+        check(len(set(self.score)) == len(self.score) > 0, f"score must list each method once, got {self.score}")
+        check(not (self.raw and "loss" in self.score), "score loss needs a conversation, it does not work with --raw")
+        no_prompt = set(self.score) <= {"text", "loss"} and (self.shots or self.prompt != "auto")
+        check(not no_prompt, "score text and loss use the bare question: --prompt and --shots need logits or generate")
+        check(self.score[0] != "loss", "score must begin with another method: the loss gives no accuracy")
+
+
+def protocol_differences(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
+    """Return the keys in which two protocols, in their JSON form, differ. Of files only the content counts."""
+
+    def content(value: Any) -> Any:
+        is_files = isinstance(value, list) and value and isinstance(value[0], dict)
+        return [file.get("sha256") for file in value] if is_files else value
+
+    keys = [key for key in a if key != "first_prompts"]  # the hash of every prompt is compared instead
+    return [key for key in keys if content(a[key]) != content(b.get(key))]

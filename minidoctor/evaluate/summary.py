@@ -1,214 +1,156 @@
-"""From single answers to figures: accuracies with their intervals, the floors, tables, and two results compared.
+"""Accuracies with their 95 % confidence intervals, trivial baselines and losses, computed from predictions.
 
-All figures are computed from the rows of a result file alone, so that each can be checked from it.
-
-    accuracy    exact match: all the right letters and no other; what could not be read or scored is wrong
-    interval    95 %, percentile bootstrap over questions; it has no width where all are right or all are wrong
-    floors      what needs no model: chance, always the most frequent answer, always the longest option
+accuracy             exact match: all correct letters and no other; unreadable and unscored answers are wrong
+interval             percentile bootstrap over questions; of width 0 if all answers are right or all are wrong
+trivial baselines    need no model: chance, always the most frequent answer, always the longest option
 """
 
 import math
 from collections import Counter
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from minidoctor.config import UserError
+from minidoctor.evaluate.records import Prediction
 
-Prediction = dict[str, Any]
 RESAMPLES = 10_000
-PART_OF = {"cmb": "exam_type", "cmmlu": "subject"}  # what a benchmark's published figure is the mean over
+Interval = tuple[float, float]
 
 
-def interval(groups: list[tuple[int, int]]) -> list[float] | None:
-    """95 % percentile bootstrap of the mean of the groups' accuracies, each of (right, n) questions.
+@dataclass(frozen=True)
+class Accuracy:
+    accuracy: float | None  # None: no question with a known answer
+    n: int
+    interval: Interval | None
 
-    To draw n questions with replacement and count the right ones is to draw from a binomial distribution.
+
+@dataclass(frozen=True)
+class MethodSummary(Accuracy):
+    """The accuracy of one scoring method on multiple-choice questions."""
+
+    single_answer: Accuracy
+    multiple_answers: Accuracy
+    unanswered: int
+
+
+@dataclass(frozen=True)
+class Summary(MethodSummary):
+    """A group of questions, such as all, a language or a benchmark. The inherited fields are those of the headline."""
+
+    scoring: str | None  # the headline method
+    trivial_baselines: dict[str, float | None]
+    methods: dict[str, MethodSummary]  # the other methods
+    shots: dict[str, int]  # number of few-shot examples -> questions
+    too_long: int
+    without_answer: int
+    nll: float | None  # nats per token of the correct answers
+    free_form_accuracy: float | None
+    n_free_form: int
+    languages: dict[str, "Summary"] = field(default_factory=dict)
+    exams: dict[str, "Summary"] = field(default_factory=dict)
+    subjects: dict[str, MethodSummary] = field(default_factory=dict)  # of a benchmark, as the next two
+    parts: dict[str, MethodSummary] = field(default_factory=dict)  # CMB: exam types, CMMLU: subjects
+    mean_of_parts: Accuracy | None = None  # the accuracy that the benchmark publishes
+
+
+def bootstrap_interval(groups: list[tuple[int, int]]) -> Interval | None:
+    """Return the 95 % percentile bootstrap of the mean of the groups' accuracies, each of (n correct, n).
+
+    The number of correct answers among n questions drawn with replacement has a binomial distribution.
     """
     if not groups or not all(n for _, n in groups):
         return None
     rng = np.random.default_rng(0)
-    means = np.mean([rng.binomial(n, right / n, RESAMPLES) / n for right, n in groups], axis=0)
-    return [float(bound) for bound in np.quantile(means, (0.025, 0.975))]
+    means = np.mean([rng.binomial(n, correct / n, RESAMPLES) / n for correct, n in groups], axis=0)
+    low, high = np.quantile(means, (0.025, 0.975))
+    return float(low), float(high)
 
 
-def figures(marks: list[bool]) -> dict[str, Any]:
-    right, n = sum(marks), len(marks)
-    return {"accuracy": right / n if n else None, "n": n, "interval": interval([(right, n)])}
+def mean_accuracy(marks: list[bool]) -> Accuracy:
+    correct, n = sum(marks), len(marks)
+    return Accuracy(correct / n if n else None, n, bootstrap_interval([(correct, n)]))
 
 
-def of_way(predictions: list[Prediction], way: str | None) -> dict[str, Any]:
-    """The figures of one way of scoring, the headline if None, over questions whose answer is known."""
-    scored = [(p, p if way is None else p["also"].get(way)) for p in predictions]
-    marked = [(p, found) for p, found in scored if found and found["correct"] is not None]
-    return {
-        **figures([found["correct"] for _, found in marked]),
-        "single": figures([found["correct"] for p, found in marked if not p["several"]]),
-        "several": figures([found["correct"] for p, found in marked if p["several"]]),
-        "unanswered": sum(found["prediction"] == "" for _, found in marked),
-    }
+def summarize_method(predictions: Iterable[Prediction], method: str = "") -> MethodSummary:
+    """Summarize one scoring method, by default the headline of each question."""
+    pairs = [(p, p.outcomes.get(method or p.scoring or "")) for p in predictions]
+    marks = [(p.multiple_answers, o.correct, o.prediction) for p, o in pairs if o and o.correct is not None]
+    return MethodSummary(
+        **vars(mean_accuracy([correct for _, correct, _ in marks])),
+        single_answer=mean_accuracy([correct for multiple, correct, _ in marks if not multiple]),
+        multiple_answers=mean_accuracy([correct for multiple, correct, _ in marks if multiple]),
+        unanswered=sum(prediction == "" for _, _, prediction in marks),
+    )
 
 
-def floors(predictions: list[Prediction]) -> dict[str, float | None]:
-    """What can be had without a model, on the same questions.
+def trivial_baselines(predictions: list[Prediction]) -> dict[str, float | None]:
+    """Return the accuracies of the trivial baselines on the same questions.
 
-    Chance is a random letter, for a question with several right ones a random set of letters that is not empty.
+    Chance is a random letter or, for a question with several correct letters, a random non-empty set of letters.
     """
-    marked = [p for p in predictions if p["correct"] is not None]
+    marked = [p for p in predictions if p.correct is not None]
     if not marked:
         return dict.fromkeys(("random", "most_frequent", "longest_option"))
-    chance = [1 / (2 ** p["n_options"] - 1 if p["several"] else p["n_options"]) for p in marked]
+    chance = [1 / (2**p.n_options - 1 if p.multiple_answers else p.n_options) for p in marked]
     return {
         "random": math.fsum(chance) / len(marked),
-        "most_frequent": Counter(p["answer"] for p in marked).most_common(1)[0][1] / len(marked),
-        "longest_option": sum(p["longest"] == p["answer"] for p in marked) / len(marked),
+        "most_frequent": Counter(p.answer for p in marked).most_common(1)[0][1] / len(marked),
+        "longest_option": sum(p.longest_option == p.answer for p in marked) / len(marked),
     }
 
 
-def summarize(predictions: list[Prediction]) -> dict[str, Any]:
-    """The figures of some questions: the headline, and below "also" the other ways."""
-    done = [p for p in predictions if p["scoring"]]
-    choice = [p for p in done if p["n_options"]]
-    written = [p for p in done if not p["n_options"] and p["correct"] is not None]
-    losses = [p for p in predictions if p.get("n_tokens")]
-    ways = dict.fromkeys(way for p in choice for way in p["also"])
-    return {
-        "scoring": "/".join(dict.fromkeys(p["scoring"] for p in choice)) or None,
-        **of_way(choice, None),
-        "floors": floors(choice),
-        "also": {way: of_way(choice, way) for way in ways},
-        "shots": {str(n): count for n, count in sorted(Counter(p["shots"] for p in choice).items())},
-        "too_long": sum(p.get("too_long", False) for p in done),
-        "without_answer": sum(p["correct"] is None for p in done),
-        "nll": sum(p["nll"] for p in losses) / sum(p["n_tokens"] for p in losses) if losses else None,
-        "open_accuracy": sum(p["correct"] for p in written) / len(written) if written else None,
-        "n_open": len(written),
-    }
+def summarize(predictions: list[Prediction]) -> Summary:
+    """Summarize a group of questions, without its parts."""
+    done = [p for p in predictions if p.scoring]
+    choice = [p for p in done if p.n_options]
+    free_form = [p.correct for p in done if not p.n_options and p.correct is not None]
+    losses = [p.outcomes["loss"] for p in predictions if "loss" in p.outcomes]
+    n_tokens = sum(loss.n_tokens for loss in losses)
+    methods = dict.fromkeys(name for p in choice for name in p.outcomes if name not in (p.scoring, "loss"))
+    return Summary(
+        **vars(summarize_method(choice)),
+        scoring="/".join(dict.fromkeys(p.scoring or "" for p in choice)) or None,
+        trivial_baselines=trivial_baselines(choice),
+        methods={name: summarize_method(choice, name) for name in methods},
+        shots={str(n): count for n, count in sorted(Counter(p.shots for p in choice).items())},
+        too_long=sum(p.outcomes[p.scoring or ""].too_long for p in done),
+        without_answer=sum(p.correct is None for p in done),
+        nll=sum(loss.nll or 0.0 for loss in losses) / n_tokens if n_tokens else None,
+        free_form_accuracy=sum(free_form) / len(free_form) if free_form else None,
+        n_free_form=len(free_form),
+    )
 
 
-def split(predictions: list[Prediction], key: Callable[[Prediction], str]) -> dict[str, list[Prediction]]:
+def group_by(predictions: Iterable[Prediction], key: Callable[[Prediction], str]) -> dict[str, list[Prediction]]:
     groups: dict[str, list[Prediction]] = {}
     for p in predictions:
         groups.setdefault(key(p), []).append(p)
     return groups
 
 
-def full_summary(predictions: list[Prediction]) -> dict[str, Any]:
-    """`summarize` of all, of each language, and of each benchmark with its parts and their mean."""
-    summary = summarize(predictions)
-    languages = split(predictions, lambda p: p["language"])
-    summary["languages"] = {language: summarize(languages[language]) for language in sorted(languages)}
-    summary["exams"] = {}
-    for exam, rows in split([p for p in predictions if p["exam"]], lambda p: p["exam"]).items():
-        of_exam = summarize(rows)
-        marked = [p for p in rows if p["correct"] is not None and p.get(PART_OF.get(exam, ""))]
-        of_part = split(marked, part_name)
-        parts = {name: of_way(part, None) for name, part in of_part.items()}
-        counts = [(sum(p["correct"] for p in part), len(part)) for part in of_part.values()]
-        mean = sum(right / n for right, n in counts) / len(counts) if counts else None
-        of_exam["subjects"] = {name: of_way(part, None) for name, part in split(rows, lambda p: p["subject"]).items()}
-        of_exam["parts"] = parts
-        of_exam["mean_of_parts"] = {"accuracy": mean, "n": len(counts), "interval": interval(counts)}
-        summary["exams"][exam] = of_exam
-    return summary
+def exam_part(p: Prediction) -> str:
+    return {"cmb": p.metadata.get("exam_type", ""), "cmmlu": p.topic}.get(p.exam, "")
 
 
-def part_name(p: Prediction) -> str:
-    return str(p[PART_OF[p["exam"]]])
+def summarize_exam(predictions: list[Prediction]) -> Summary:
+    parts = group_by((p for p in predictions if p.correct is not None and exam_part(p)), exam_part)
+    counts = [(sum(bool(p.correct) for p in part), len(part)) for part in parts.values()]
+    mean = sum(correct / n for correct, n in counts) / len(counts) if counts else None
+    return replace(
+        summarize(predictions),
+        subjects={name: summarize_method(group) for name, group in group_by(predictions, lambda p: p.topic).items()},
+        parts={name: summarize_method(part) for name, part in parts.items()},
+        mean_of_parts=Accuracy(mean, len(counts), bootstrap_interval(counts)),
+    )
 
 
-def percent(share: float | None) -> str:
-    return "-" if share is None else f"{share:.1%}"
-
-
-def line(name: str, scoring: str, of: dict[str, Any]) -> str:
-    low, high = of["interval"] or (0.0, 0.0)
-    between = f"{low:.1%} - {high:.1%}" if low < high else ""
-    unanswered = of.get("unanswered") or ""
-    return f"{name:32}{scoring:20}{percent(of['accuracy']):>8}  {between:17}{of['n']:>6}{unanswered:>12}".rstrip()
-
-
-def table(summary: dict[str, Any]) -> str:
-    """The summary for people."""
-    titles = f"{'':32}{'scored by':20}{'right':>8}  {'95 % interval':17}{'n':>6}{'unanswered':>12}"
-    lines = [titles]
-
-    def group(name: str, of: dict[str, Any], with_floors: bool) -> None:
-        if of["n"]:
-            lines.append(line(name, of["scoring"], of))
-            if of["several"]["n"]:
-                lines.append(line("  one right letter", of["scoring"], of["single"]))
-                lines.append(line("  several right letters", of["scoring"], of["several"]))
-            lines.extend(line("", way, also) for way, also in of["also"].items())
-        if of["n_open"]:
-            lines.append(f"{name:32}{'open, contains':20}{percent(of['open_accuracy']):>8}  {'':17}{of['n_open']:>6}")
-        if of["nll"] is not None:
-            lines.append(f"{'' if of['n'] or of['n_open'] else name:32}{'loss':20}{of['nll']:>8.3f}  nats per token")
-        if of["n"] and with_floors:
-            names = {"random": "chance", "most_frequent": "always the most frequent answer"}
-            names["longest_option"] = "always the longest option"
-            lines.append(
-                "  floors: " + ", ".join(f"{text} {percent(of['floors'][key])}" for key, text in names.items())
-            )
-
-    group("all", summary, with_floors=True)
-    for name, of in summary["languages"].items():
-        if len(summary["languages"]) > 1:
-            group(name, of, with_floors=False)
-    for name, of in summary["exams"].items():
-        if len(summary["exams"]) > 1 or summary["n"] != of["n"]:
-            group(name, of, with_floors=True)
-        lines += [line(f"  {part}", of["scoring"], figure) for part, figure in of["parts"].items()]
-        if len(of["parts"]) > 1:
-            lines.append(
-                line("  mean of these", of["scoring"], of["mean_of_parts"] | {"n": summary["exams"][name]["n"]})
-            )
-    if len(summary["shots"]) > 1:
-        told = ", ".join(f"{n} in {count} questions" for n, count in summary["shots"].items())
-        lines.append(f"solved questions in the prompt: {told}")
-    if summary["too_long"]:
-        lines.append(f"{summary['too_long']} questions are longer than the model's context: unanswered")
-    if summary["without_answer"]:
-        lines.append(f"{summary['without_answer']} questions have no known answer: predicted, not counted")
-    return "\n".join(lines)
-
-
-def mcnemar(only_a: int, only_b: int) -> float:
-    """The exact two-sided p of McNemar's test: how likely so uneven a split is if a and b are equally good."""
-    n = only_a + only_b
-    tail = term = 1  # each binomial coefficient from the one before: math.comb of 10,000 takes seconds in all
-    for k in range(min(only_a, only_b)):
-        term = term * (n - k) // (k + 1)
-        tail += term
-    return min(1.0, float(2 * tail / 2**n)) if n else 1.0
-
-
-def compare(a: list[Prediction], b: list[Prediction]) -> dict[str, Any]:
-    """The headlines of two results on the same questions, paired: of multiple choice, if there is any.
-
-    Raises ValueError if the questions are not the same.
-    """
-    same = ("id", "question_sha256", "answer")
-    if [[p.get(key) for key in same] for p in a] != [[p.get(key) for key in same] for p in b]:
-        raise UserError("the two results are not of the same questions in the same order")
-    choice = any(p["n_options"] for p in a)
-    pairs = [(p["correct"], q["correct"]) for p, q in zip(a, b, strict=True) if p["n_options"] or not choice]
-    marked = [(bool(p), bool(q)) for p, q in pairs if p is not None and q is not None]
-    if not marked:
-        raise UserError("the two results have no question in common whose answer is known")
-    n, count = len(marked), Counter(marked)
-    only_a, only_b = count[True, False], count[False, True]
-    rng = np.random.default_rng(0)
-    drawn = rng.multinomial(n, [only_a / n, only_b / n, (n - only_a - only_b) / n], RESAMPLES)
-    bounds = np.quantile((drawn[:, 1] - drawn[:, 0]) / n, (0.025, 0.975))
-    return {
-        "n": n,
-        "a": sum(p for p, _ in marked) / n,
-        "b": sum(q for _, q in marked) / n,
-        "difference": (only_b - only_a) / n,
-        "interval": [float(bound) for bound in bounds],
-        "only_a": only_a,
-        "only_b": only_b,
-        "p": mcnemar(only_a, only_b),
-    }
+def full_summary(predictions: list[Prediction]) -> Summary:
+    """Summarize all questions, those of each language, and those of each benchmark with its parts."""
+    languages = group_by(predictions, lambda p: p.language)
+    exams = group_by((p for p in predictions if p.exam), lambda p: p.exam)
+    return replace(
+        summarize(predictions),
+        languages={name: summarize(languages[name]) for name in sorted(languages)},
+        exams={name: summarize_exam(group) for name, group in exams.items()},
+    )

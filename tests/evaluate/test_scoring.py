@@ -11,23 +11,20 @@ from torch import nn
 from minidoctor.batching import IGNORE, Example
 from minidoctor.config import RopeScaling
 from minidoctor.evaluate import scoring
-from minidoctor.evaluate.predictions import answer, judge
-from minidoctor.evaluate.prompts import Asker, choose_shots
+from minidoctor.evaluate.evaluation import Evaluation, judge
+from minidoctor.evaluate.prompts import Prompter, choose_shots
 from minidoctor.evaluate.protocol import EvalConfig
+from minidoctor.evaluate.records import Outcome
 from minidoctor.evaluate.scoring import (
+    MIN_SHARED_TOKENS,
     SCORERS,
     TIE,
-    WORTH_SHARING,
-    Wanted,
-    batches,
-    by_logits,
-    by_loss,
-    by_text,
-    by_writing,
+    Span,
     decide,
     hidden_states,
-    losses_of,
-    shared_tokens,
+    likelihoods,
+    prefixed_batches,
+    shared_prefix_len,
 )
 from minidoctor.model import Model
 from minidoctor.questions.rows import Row, conversation, format_multiple_choice
@@ -40,8 +37,8 @@ SHOTS = 1
 CONTEXT = 400
 
 
-def rows_of(sizes, seed):
-    """CMMLU questions of random words, short and long, some with several right letters."""
+def random_rows(sizes, seed):
+    """CMMLU questions of random words, short and long, some with several correct letters."""
     rng, rows = random.Random(seed), []
 
     def words(least, most):
@@ -51,31 +48,23 @@ def rows_of(sizes, seed):
         for i in range(n):
             question, letters = f"{words(1, 15)} {i}?", "ABCDE"[: rng.randint(2, 5)]
             options = {letter: f"{words(1, 3)} {letter}" for letter in letters}
-            right = "".join(sorted(rng.sample(letters, 2 if i % 3 == 0 else 1)))
-            messages = conversation(*format_multiple_choice(question, options, right))
-            several = len(right) > 1
-            rows.append(
-                Row(
-                    f"{topic}-{i}",
-                    messages,
-                    question,
-                    options,
-                    right,
-                    topic,
-                    "en",
-                    multiple_answers=several,
-                    exam="cmmlu",
-                )
-            )
+            answer = "".join(sorted(rng.sample(letters, 2 if i % 3 == 0 else 1)))
+            messages = conversation(*format_multiple_choice(question, options, answer))
+            row = Row(f"{topic}-{i}", messages, question, options, answer, topic, "en", exam="cmmlu")
+            rows.append(replace(row, multiple_answers=len(answer) > 1))
     rng.shuffle(rows)
     return rows
 
 
-ROWS, POOL = rows_of(SUBJECTS, seed=1), rows_of(dict.fromkeys(SUBJECTS, SHOTS), seed=2)
+ROWS, POOL = random_rows(SUBJECTS, seed=1), random_rows(dict.fromkeys(SUBJECTS, SHOTS), seed=2)
 
 
-def put(asker, rows=ROWS, shots=SHOTS, name="auto"):
-    return [asker.put(row, name, choose_shots(row, POOL, shots), CONTEXT) for row in rows]
+def make_prompter(tokenizer, raw=False, **settings):
+    return Prompter(tokenizer, EvalConfig(raw=raw, **settings))
+
+
+def prompt_all(prompter, rows=ROWS, shots=SHOTS):
+    return [prompter.prompt_question(row, choose_shots(row, POOL, shots), CONTEXT) for row in rows]
 
 
 def random_model(config, adapter=None, **settings):
@@ -93,45 +82,42 @@ def model(config):
 
 @pytest.fixture
 def raw(tokenizer):
-    return Asker(tokenizer, raw=True)
+    return make_prompter(tokenizer, raw=True)
 
 
 @pytest.fixture
 def chat(tokenizer):
-    return Asker(tokenizer, raw=False)
+    return make_prompter(tokenizer)
 
 
-def config_of(batch_size, **settings):
-    return EvalConfig(batch_size=batch_size, **settings)
+def score(method, model, prompter, questions, **settings):
+    """Return the outcomes of a scoring method by question, each of which must come once, and by name."""
+    prompter = Prompter(prompter.tokenizer, replace(prompter.config, **settings))
+    pairs = list(SCORERS[method](model, prompter, questions))
+    assert sorted(i for i, _ in pairs) == list(range(len(questions)))
+    return [dict(pairs)[i] for i in range(len(questions))]
 
 
-def results(outcomes, n):
-    """Of each question, in the order of the questions; each must have come once."""
-    found = dict(pairs := list(outcomes))
-    assert sorted(i for i, _ in pairs) == list(range(n))
-    return [found[i] for i in range(n)]
-
-
-def only(way, outcomes, n):
-    return [outcome[way] for outcome in results(outcomes, n)]
+def outcomes(method, model, prompter, questions, **settings):
+    return [outcome[method] for outcome in score(method, model, prompter, questions, **settings)]
 
 
 @torch.no_grad()
 def log_likelihoods(model, prompt, ids):
-    """Of each token after the prompt, from one full forward without batch, padding or cache."""
+    """Return the scores of all tokens after the prompt, from one full forward without batch, padding or cache."""
     tokens = [*prompt, *ids]
     log_probs = model(torch.tensor([tokens]))[0][0].log_softmax(-1)
     return [log_probs[i - 1, tokens[i]].item() for i in range(len(prompt), len(tokens))]
 
 
 @torch.no_grad()
-def plain_logits(model, asker, question):
-    """The whole prompt, the letter behind it; where the letter is several tokens, one after the other."""
+def plain_logits(model, prompter, question):
+    """Score each letter after the whole prompt; a letter of several tokens has the sum of theirs."""
     following, scores = model(torch.tensor([question.tokens]))[0][0, -1].log_softmax(-1), {}
     for letter in question.row.options:
-        first, *more = asker.answer_tokens(question.text, letter)
-        rest = log_likelihoods(model, [*question.tokens, first], more) if more else []
-        scores[letter] = following[first].item() + sum(rest)
+        first, *rest = prompter.answer_tokens(question.text, letter)
+        later = log_likelihoods(model, [*question.tokens, first], rest) if rest else []
+        scores[letter] = following[first].item() + sum(later)
     return scores
 
 
@@ -146,8 +132,8 @@ def plain_greedy(model, tokenizer, prompt, n):
     return tokenizer.decode(tokens[len(prompt) :])
 
 
-class Seen:
-    """The shape of everything that goes through the model."""
+class InputRecorder:
+    """The shapes of all inputs of a model."""
 
     def __init__(self, model):
         self.shapes = []
@@ -156,20 +142,20 @@ class Seen:
         )
 
     @property
-    def tokens(self):
+    def n_tokens(self):
         return sum(rows * length for rows, length in self.shapes)
 
 
-def plain_decision(scores, several):
-    if several:
+def plain_decision(scores, multiple_answers):
+    if multiple_answers:
         mean = sum(scores.values()) / len(scores)
         return "".join(letter for letter in scores if scores[letter] >= mean)
     return max(scores, key=scores.get)
 
 
-def assert_same_scores(ours, expected):
-    # A log-likelihood of -20 has a last bit of 2e-6, and is the difference of two numbers as large.
-    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=2e-5)
+def assert_same_scores(actual, expected):
+    # A log-likelihood of -20 has a last bit of 2e-6 and is the difference of two numbers of that size.
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=2e-5)
 
 
 # --- logits ---
@@ -179,406 +165,416 @@ LLAMA3 = RopeScaling("llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor
 
 
 @pytest.mark.parametrize(
-    ("settings", "adapted"), [({}, False), ({}, True), ({"window": 24}, True), ({"rope_scaling": LLAMA3}, False)]
+    ("settings", "has_adapter"), [({}, False), ({}, True), ({"window": 24}, True), ({"rope_scaling": LLAMA3}, False)]
 )
-def test_logits_equal_a_plain_loop_over_whole_prompts(config, adapter, raw, settings, adapted):
-    model, questions = random_model(config, adapter if adapted else None, **settings), put(raw)
-    starts = [len(raw.tokens(one.head)) for one in questions]
-    assert min(starts) > 100  # beyond the window, and beyond the original context
-    expected = [plain_logits(model, raw, one) for one in questions]
-    decisions = [
-        plain_decision(scores, one.row.multiple_answers) for scores, one in zip(expected, questions, strict=True)
-    ]
+def test_logits_equal_a_loop_over_whole_prompts(config, adapter, raw, settings, has_adapter):
+    model, questions = random_model(config, adapter if has_adapter else None, **settings), prompt_all(raw)
+    # The shared prefix is longer than the window and than the original context, so both change the scores.
+    assert min(len(raw.tokens(q.head)) for q in questions) > 100
+    expected = [plain_logits(model, raw, q) for q in questions]
+    decisions = [plain_decision(scores, q.row.multiple_answers) for scores, q in zip(expected, questions, strict=True)]
     assert len(set(decisions)) > 5
     for batch_size in (1, 3, 16):
-        ours = only("logits", by_logits(model, raw, questions, config_of(batch_size)), len(questions))
-        for outcome, scores in zip(ours, expected, strict=True):
-            assert list(outcome) == ["scores"]
-            assert list(outcome["scores"]) == list(scores)
-            assert_same_scores(outcome["scores"], scores)
-        judged = [judge(one.row, outcome) for one, outcome in zip(questions, ours, strict=True)]
-        assert [one["prediction"] for one in judged] == decisions
-        assert [one["correct"] for one in judged] == [
-            d == q.row.answer for d, q in zip(decisions, questions, strict=True)
-        ]
+        actual = outcomes("logits", model, raw, questions, batch_size=batch_size)
+        for outcome, scores in zip(actual, expected, strict=True):
+            assert outcome == Outcome(outcome.scores)
+            assert list(outcome.scores) == list(scores)
+            assert_same_scores(outcome.scores, scores)
+        judged = [judge(q.row, outcome) for q, outcome in zip(questions, actual, strict=True)]
+        assert [outcome.prediction for outcome in judged] == decisions
+        correct = [decision == q.row.answer for decision, q in zip(decisions, questions, strict=True)]
+        assert [outcome.correct for outcome in judged] == correct
 
 
-@pytest.mark.parametrize("adapted", [False, True])
-def test_letters_that_the_vocabulary_spells_count_whole(config, adapter, chat, adapted):
-    """In a chat this tokenizer has "▁A" as one token and writes B as two."""
-    model, questions = random_model(config, adapter if adapted else None), put(chat, ROWS[:12])
+@pytest.mark.parametrize("has_adapter", [False, True])
+def test_letter_of_several_tokens_has_the_sum_of_their_scores(config, adapter, chat, has_adapter):
+    """This tokenizer has one token for "▁A" and two for "▁B"."""
+    model, questions = random_model(config, adapter if has_adapter else None), prompt_all(chat, ROWS[:12])
     assert {len(chat.answer_tokens("", letter)) for letter in "ABCDE"} == {1, 2}
-    expected = [plain_logits(model, chat, one) for one in questions]
+    expected = [plain_logits(model, chat, q) for q in questions]
     for batch_size in (1, 16):
-        ours = only("logits", by_logits(model, chat, questions, config_of(batch_size)), len(questions))
-        assert_same_scores([outcome["scores"] for outcome in ours], expected)
+        actual = outcomes("logits", model, chat, questions, batch_size=batch_size)
+        assert_same_scores([outcome.scores for outcome in actual], expected)
 
 
-def test_what_all_letters_begin_with_is_read_and_not_scored(config):
-    """In this format all of them begin with a space that is a token of its own."""
-    asker = Asker(load_tokenizer(TOKENIZER_FIXTURES / "sentencepiece", "mistral"), raw=False)
-    model, questions = random_model(config), put(asker, ROWS[:12])
-    (space,) = {asker.answer_tokens("", letter)[0] for letter in "ABCDE"}
-    ours = only("logits", by_logits(model, asker, questions, config_of(5)), len(questions))
-    for one, outcome in zip(questions, ours, strict=True):
-        (of_space,) = log_likelihoods(model, one.tokens, [space])
-        whole = plain_logits(model, asker, one)
-        assert_same_scores(outcome["scores"], {letter: score - of_space for letter, score in whole.items()})
+def test_common_beginning_of_all_letters_is_not_scored(config):
+    """Every letter of this format begins with a space that is a separate token."""
+    prompter = make_prompter(load_tokenizer(TOKENIZER_FIXTURES / "sentencepiece", "mistral"))
+    model, questions = random_model(config), prompt_all(prompter, ROWS[:12])
+    (space,) = {prompter.answer_tokens("", letter)[0] for letter in "ABCDE"}
+    for question, outcome in zip(questions, outcomes("logits", model, prompter, questions), strict=True):
+        (space_score,) = log_likelihoods(model, question.tokens, [space])
+        whole = plain_logits(model, prompter, question)
+        assert_same_scores(outcome.scores, {letter: score - space_score for letter, score in whole.items()})
 
 
-def same_start(sequences):
+def plain_prefix_len(sequences):
     n = 0
-    while all(len(one) > n and one[n] == sequences[0][n] for one in sequences):
+    while all(len(tokens) > n and tokens[n] == sequences[0][n] for tokens in sequences):
         n += 1
     return n
 
 
-def common_start(questions):
-    """Of the tokens of a group, at least one of each question left; 0 if it is not shared."""
+def expected_prefix_len(questions):
+    """Return the length of the shared prefix, which leaves at least one token of each question; 0 if it is not used."""
     if len(questions) < 2:
         return 0
-    common = same_start([one.tokens for one in questions])
-    common = min(common, min(len(one.tokens) for one in questions) - 1)
-    return common if common >= WORTH_SHARING else 0
+    sequences = [q.tokens for q in questions]
+    common = min(plain_prefix_len(sequences), min(map(len, sequences)) - 1)
+    return common if common >= MIN_SHARED_TOKENS else 0
 
 
-def groups_of(questions):
-    return [[one for one in questions if one.row.topic == topic] for topic in SUBJECTS]
+def test_shared_prefix_of_a_subject_is_computed_once(model, raw):
+    inputs, questions = InputRecorder(model), prompt_all(raw)
+    groups = [[q for q in questions if q.row.topic == topic] for topic in SUBJECTS]
+    prefixes = [expected_prefix_len(group) for group in groups]
+    assert all(prefixes[:-1])
+    assert prefixes[-1] == 0  # a single question shares nothing
+    rest = [len(q.tokens) - prefix for group, prefix in zip(groups, prefixes, strict=True) for q in group]
+    score("logits", model, raw, questions, batch_size=1)
+    assert sorted(inputs.shapes) == sorted((1, length) for length in [*filter(None, prefixes), *rest])
+    assert inputs.n_tokens < 0.4 * sum(len(q.tokens) for q in questions)
+
+    inputs.shapes.clear()
+    score("logits", model, raw, questions, batch_size=16)
+    # Every other input is a batch of questions without their prefix.
+    lengths = [length for _, length in inputs.shapes]
+    assert [lengths.count(prefix) for prefix in prefixes[:-1]] == [1, 1, 1, 1]
+    assert sum(rows for rows, length in inputs.shapes if length in rest) == len(questions)
 
 
-def test_what_the_prompts_of_a_subject_have_in_common_is_computed_once(model, raw):
-    seen, questions = Seen(model), put(raw)
-    starts = [common_start(group) for group in groups_of(questions)]
-    assert all(starts[:-1])
-    assert starts[-1] == 0  # a question alone shares nothing
-    own = [len(one.tokens) - start for group, start in zip(groups_of(questions), starts, strict=True) for one in group]
-    results(by_logits(model, raw, questions, config_of(1)), len(questions))
-    assert sorted(seen.shapes) == sorted((1, length) for length in [*filter(None, starts), *own])
-    assert seen.tokens < 0.4 * sum(len(one.tokens) for one in questions)
-
-    seen.shapes.clear()
-    results(by_logits(model, raw, questions, config_of(16)), len(questions))
-    # Each start once more, and everything else is what stands behind one, or the question alone.
-    lengths = [length for _, length in seen.shapes]
-    assert [lengths.count(start) for start in starts[:-1]] == [1, 1, 1, 1]
-    assert sum(rows for rows, length in seen.shapes if length in own) == len(questions)
+def test_short_common_prefix_is_not_shared(model, chat):
+    inputs, questions = InputRecorder(model), prompt_all(make_prompter(chat.tokenizer, prompt="own"), shots=0)
+    score("generate", model, chat, questions, batch_size=1, max_new_tokens=1)
+    assert sorted(inputs.shapes) == sorted((1, len(q.tokens)) for q in questions)
 
 
-def test_where_little_is_in_common_nothing_is_shared(model, chat):
-    seen, questions = Seen(model), put(chat, shots=0, name="own")
-    results(by_writing(model, chat, questions, config_of(1, max_new_tokens=1)), len(questions))
-    assert sorted(seen.shapes) == sorted((1, len(one.tokens)) for one in questions)
-
-
-def test_the_common_start_equals_that_of_a_plain_comparison():
-    rng, shared = random.Random(0), 0
+def test_shared_prefix_len_equals_a_plain_comparison():
+    rng, n_shared = random.Random(0), 0
     for _ in range(500):
-        start = [rng.randrange(3) for _ in range(rng.choice([0, 14, 15, 16, 17, 30]))]
+        prefix = [rng.randrange(3) for _ in range(rng.choice([0, 14, 15, 16, 17, 30]))]
         group = []
         for _ in range(rng.randint(1, 5)):
-            tokens = start[: rng.choice([len(start)] * 4 + [20])] + [rng.randrange(3) for _ in range(rng.randint(1, 4))]
-            group.append(Wanted(tokens, rng.randint(1, min(4, len(tokens))), ""))
-        expected = same_start([one.tokens for one in group])
-        expected = min([expected, *(len(one.tokens) - one.n for one in group)])
-        assert shared_tokens(group) == (expected if expected >= 16 and len(group) > 1 else 0)
-        shared += shared_tokens(group) > 0
-    assert shared > 50
+            kept = prefix[: rng.choice([len(prefix)] * 4 + [20])]
+            tokens = kept + [rng.randrange(3) for _ in range(rng.randint(1, 4))]
+            group.append(Span(tokens, rng.randint(1, min(4, len(tokens))), ""))
+        expected = min([plain_prefix_len([s.tokens for s in group]), *(len(s.tokens) - s.n for s in group)])
+        assert shared_prefix_len(group) == (expected if expected >= 16 and len(group) > 1 else 0)
+        n_shared += shared_prefix_len(group) > 0
+    assert n_shared > 50
 
 
-def test_one_question_asked_twice_still_has_a_token_of_its_own(model, raw):
-    (question,) = put(raw, ROWS[:1])
-    ours = only("logits", by_logits(model, raw, [question] * 3, config_of(2)), 3)
-    assert_same_scores([one["scores"] for one in ours], [plain_logits(model, raw, question)] * 3)
+def test_equal_questions_keep_a_token_after_the_prefix(model, raw):
+    (question,) = prompt_all(raw, ROWS[:1])
+    actual = outcomes("logits", model, raw, [question] * 3, batch_size=2)
+    assert_same_scores([outcome.scores for outcome in actual], [plain_logits(model, raw, question)] * 3)
 
 
 @pytest.mark.parametrize("limit", [100, 300])
-def test_fewer_tokens_in_a_batch_change_no_score(model, raw, monkeypatch, limit):
-    questions = put(raw)
-    expected = [plain_logits(model, raw, one) for one in questions]
-    monkeypatch.setattr(scoring, "TOKENS_IN_A_BATCH", {"cpu": limit})
-    ours = only("logits", by_logits(model, raw, questions, config_of(16)), len(questions))
-    assert_same_scores([one["scores"] for one in ours], expected)
+def test_token_limit_of_a_batch_does_not_change_the_scores(model, raw, monkeypatch, limit):
+    questions = prompt_all(raw)
+    expected = [plain_logits(model, raw, q) for q in questions]
+    monkeypatch.setattr(scoring, "MAX_BATCH_TOKENS", {"cpu": limit})
+    actual = outcomes("logits", model, raw, questions, batch_size=16)
+    assert_same_scores([outcome.scores for outcome in actual], expected)
 
-    wanted, sizes = [Wanted(one.tokens, 1, one.head) for one in questions], []
-    for indices, start, cache in batches(model, wanted, 16):
-        assert len(indices) == 1 or len(indices) * max(len(wanted[i].tokens) - start for i in indices) <= limit
-        sizes.append((len(indices), cache))
-    # A later batch of the same subject holds more questions, which are shorter.
-    assert any(1 < a < b and one is other for (a, one), (b, other) in pairwise(sizes)) == (limit == 300)
+    spans, sizes = [Span(q.tokens, 1, q.head) for q in questions], []
+    for indices, prefix_len, prefix in prefixed_batches(model, spans, 16):
+        longest = max(len(spans[i].tokens) - prefix_len for i in indices)
+        assert len(indices) == 1 or len(indices) * longest <= limit
+        sizes.append((len(indices), prefix))
+    # A later batch of the same subject contains more questions, because they are shorter.
+    grows = any(1 < a < b and first is second for (a, first), (b, second) in pairwise(sizes))
+    assert grows == (limit == 300)
 
 
-def test_batches_of_hidden_states_are_those_of_whole_sequences(model):
-    """Of sequences with their own number of wanted states, some of which begin alike."""
+def test_hidden_states_equal_those_of_single_sequences(model):
+    """Sequences with different numbers of needed states, some with a shared prefix."""
     rng = random.Random(0)
-    starts = {name: [rng.randrange(400) for _ in range(n)] for name, n in (("a", 60), ("b", 17), ("c", 3))}
-    wanted = []
+    prefixes = {name: [rng.randrange(400) for _ in range(n)] for name, n in (("a", 60), ("b", 17), ("c", 3))}
+    spans = []
     for _ in range(40):
         name = rng.choice("abc")
-        tokens = starts[name] + [rng.randrange(400) for _ in range(rng.randint(1, 30))]
-        wanted.append(Wanted(tokens, rng.randint(1, len(tokens) if rng.random() < 0.1 else 1), name))
+        tokens = prefixes[name] + [rng.randrange(400) for _ in range(rng.randint(1, 30))]
+        spans.append(Span(tokens, rng.randint(1, len(tokens) if rng.random() < 0.1 else 1), name))
     for batch_size in (1, 7):
-        found = {}
-        for indices, states in hidden_states(model, wanted, batch_size):
+        actual = {}
+        for indices, states in hidden_states(model, spans, batch_size):
             assert len(indices) <= batch_size
-            found |= dict(zip(indices, states, strict=True))
-        assert sorted(found) == list(range(40))
-        for i, one in enumerate(wanted):
+            actual |= dict(zip(indices, states, strict=True))
+        assert sorted(actual) == list(range(40))
+        for i, span in enumerate(spans):
             with torch.no_grad():
-                expected = model.hidden(torch.tensor([one.tokens]))[0][0, -one.n :]
-            torch.testing.assert_close(found[i], expected, rtol=1e-5, atol=2e-5)
+                expected = model.hidden(torch.tensor([span.tokens]))[0][0, -span.n :]
+            torch.testing.assert_close(actual[i], expected, rtol=1e-5, atol=2e-5)
 
 
-# --- what does not fit ---
+# --- questions that do not fit ---
 
 
-def test_what_does_not_fit_is_said_and_changes_nothing_for_the_others(model, raw):
-    """One token more than fits: a letter is read from the last token, a written answer needs one more place."""
-    questions = put(raw)
-    lengths = sorted(len(one.tokens) for one in questions)
+@pytest.mark.parametrize("method", ["logits", "generate"])
+def test_question_beyond_the_context_is_unanswered_and_does_not_change_others(model, raw, method):
+    """A letter is scored at the last token, a generated answer needs room for one more."""
+    questions = prompt_all(raw)
+    lengths = sorted(len(q.tokens) for q in questions)
     limit = lengths[len(lengths) // 2]
-    ways = {"logits": by_logits, "generate": by_writing}
-    config = config_of(4, max_new_tokens=1)
-    whole = {way: only(way, scorer(model, raw, questions, config), len(questions)) for way, scorer in ways.items()}
+    assert lengths.count(limit) > 0  # a question of exactly this length
+    before = outcomes(method, model, raw, questions, max_new_tokens=1, batch_size=4)
     model.config = replace(model.config, max_seq_len=limit)
-    for way, scorer in ways.items():
-        ours = only(way, scorer(model, raw, questions, config), len(questions))
-        fits = [len(one.tokens) <= limit if way == "logits" else len(one.tokens) < limit for one in questions]
-        assert 10 < sum(fits) < len(fits) - 10
-        for fit, one, before, question in zip(fits, ours, whole[way], questions, strict=True):
-            if not fit:
-                assert one == {"scores": {}, "too_long": True}
-                assert (judge(question.row, one)["prediction"], judge(question.row, one)["correct"]) == ("", False)
-            elif way == "logits":
-                assert_same_scores(one["scores"], before["scores"])
-            else:
-                assert one == before
-    assert lengths.count(limit) > 0  # one stands at the border
-
-
-def test_a_spelled_letter_must_fit_but_for_its_last_token(model, chat):
-    (question,) = put(chat, ROWS[:1])
-    for room, fits in ((0, False), (1, True)):  # B is two tokens, of which the first must be read
-        model.config = replace(model.config, max_seq_len=len(question.tokens) + room)
-        (ours,) = only("logits", by_logits(model, chat, [question], config_of(4)), 1)
-        if fits:
-            assert_same_scores(ours["scores"], plain_logits(model, chat, question))
+    actual = outcomes(method, model, raw, questions, max_new_tokens=1, batch_size=4)
+    fits = [len(q.tokens) <= limit if method == "logits" else len(q.tokens) < limit for q in questions]
+    assert 10 < sum(fits) < len(fits) - 10
+    for fit, outcome, earlier, question in zip(fits, actual, before, questions, strict=True):
+        if fit:
+            assert_same_scores(outcome.scores, earlier.scores)
+            assert replace(outcome, scores={}) == replace(earlier, scores={})
         else:
-            assert ours == {"scores": {}, "too_long": True}
+            assert outcome == Outcome(too_long=True)
+            judged = judge(question.row, outcome)
+            assert (judged.prediction, judged.correct) == ("", False)
+
+
+def test_letter_of_two_tokens_needs_room_for_the_first(model, chat):
+    (question,) = prompt_all(chat, ROWS[:1])
+    for room, fits in ((0, False), (1, True)):
+        model.config = replace(model.config, max_seq_len=len(question.tokens) + room)
+        (outcome,) = outcomes("logits", model, chat, [question])
+        if fits:
+            assert_same_scores(outcome.scores, plain_logits(model, chat, question))
+        else:
+            assert outcome == Outcome(too_long=True)
 
 
 # --- text ---
 
 
-def plain_text(model, asker, row):
-    """Per token and per character: the bare question, the option's text behind it, in a chat with its end."""
-    per_token, per_character = {}, {}
+def plain_text(model, prompter, row):
+    """Score each option's text after the bare question, per token and per character, in a chat with its end."""
+    per_token, per_character, tokenizer = {}, {}, prompter.tokenizer
     for letter, text in row.options.items():
-        if asker.raw:
-            prompt = asker.tokenizer.start + asker.tokenizer.encode(row.question)
-            ids = asker.answer_tokens(row.question, text)
+        if prompter.config.raw:
+            prompt = tokenizer.start + tokenizer.encode(row.question)
+            ids = prompter.answer_tokens(row.question, text)
         else:
-            prompt = asker.tokenizer.chat([{"role": "user", "content": row.question}])
-            ids = asker.tokenizer.chat(conversation(row.question, text))[len(prompt) :]
-            assert ids[-1] in asker.tokenizer.eos_ids
-        found = log_likelihoods(model, prompt, ids)
-        per_token[letter], per_character[letter] = sum(found) / len(found), sum(found) / len(text)
-    return {"text": {"scores": per_token}, "text_per_character": {"scores": per_character}}
+            prompt = tokenizer.chat([{"role": "user", "content": row.question}])
+            ids = tokenizer.chat(conversation(row.question, text))[len(prompt) :]
+            assert ids[-1] in tokenizer.eos_ids
+        scores = log_likelihoods(model, prompt, ids)
+        per_token[letter], per_character[letter] = sum(scores) / len(scores), sum(scores) / len(text)
+    return {"text": Outcome(per_token), "text_per_character": Outcome(per_character)}
+
+
+def numbers(outcome_by_name):
+    return {name: {**o.scores, "nll": o.nll or 0.0, "n": o.n_tokens} for name, o in outcome_by_name.items()}
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
-@pytest.mark.parametrize("is_raw", [True, False])
-def test_text_equals_a_plain_loop_over_options(config, adapter, tokenizer, is_raw, batch_size):
-    model, asker, rows = random_model(config, adapter), Asker(tokenizer, is_raw), ROWS[:12]
-    ours = results(by_text(model, asker, put(asker, rows), config_of(batch_size)), len(rows))
-    for row, outcome in zip(rows, ours, strict=True):
-        assert_same_scores(outcome, plain_text(model, asker, row))
+@pytest.mark.parametrize("raw", [True, False])
+def test_text_scores_equal_a_loop_over_options(config, adapter, tokenizer, raw, batch_size):
+    model, prompter, rows = random_model(config, adapter), make_prompter(tokenizer, raw), ROWS[:12]
+    actual = score("text", model, prompter, prompt_all(prompter, rows), batch_size=batch_size)
+    for row, outcome in zip(rows, actual, strict=True):
+        assert_same_scores(numbers(outcome), numbers(plain_text(model, prompter, row)))
 
 
-def test_raw_options_in_english_stand_behind_a_space():
-    asker = Asker(load_tokenizer(TOKENIZER_FIXTURES / "sentencepiece"), raw=True)
-    tokens, targets = asker.example("Gout?", "uric acid")
-    assert [*tokens, targets[-1]] == asker.tokenizer.start + asker.tokenizer.encode("Gout? uric acid")
+def test_raw_english_option_follows_a_space():
+    prompter = make_prompter(load_tokenizer(TOKENIZER_FIXTURES / "sentencepiece"), raw=True)
+    tokens, targets = prompter.example("Gout?", "uric acid")
+    expected = prompter.tokenizer.start + prompter.tokenizer.encode("Gout? uric acid")
+    assert [*tokens, targets[-1]] == expected
 
 
-def test_a_question_with_one_option_too_long_has_no_scores_by_text(model, chat):
-    options = {"A": "gout", "B": "acid " * CONTEXT}
-    rows = [*ROWS[:5], replace(ROWS[5], options=options), *ROWS[6:9]]
-    ours = results(by_text(model, chat, put(chat, rows), config_of(16)), len(rows))
-    for i, (row, outcome) in enumerate(zip(rows, ours, strict=True)):
+def test_question_with_an_option_beyond_the_context_has_no_text_scores(model, chat):
+    too_long = {"text": Outcome(too_long=True), "text_per_character": Outcome(too_long=True)}
+    rows = [*ROWS[:5], replace(ROWS[5], options={"A": "gout", "B": "acid " * CONTEXT}), *ROWS[6:9]]
+    for i, outcome in enumerate(score("text", model, chat, prompt_all(chat, rows))):
         if i == 5:
-            too_long = {"scores": {}, "too_long": True}
-            assert outcome == {"text": too_long, "text_per_character": too_long}
+            assert outcome == too_long
         else:
-            assert_same_scores(outcome, plain_text(model, chat, row))
-    border = max(len(chat.example(ROWS[5].question, text).tokens) for text in ROWS[5].options.values())
-    for limit, fits in ((border, True), (border - 1, False)):
+            assert_same_scores(numbers(outcome), numbers(plain_text(model, chat, rows[i])))
+    longest = max(len(chat.example(ROWS[5].question, text).tokens) for text in ROWS[5].options.values())
+    for limit, fits in ((longest, True), (longest - 1, False)):
         model.config = replace(model.config, max_seq_len=limit)
-        ((_, outcome),) = by_text(model, chat, put(chat, ROWS[5:6]), config_of(16))
-        assert ("too_long" not in outcome["text"]) == fits
+        (outcome,) = score("text", model, chat, prompt_all(chat, ROWS[5:6]))
+        assert (outcome != too_long) == fits
 
 
-# --- written answers ---
+# --- generated answers ---
 
 
-@pytest.mark.parametrize(("is_raw", "settings"), [(True, {}), (False, {"window": 24, "rope_scaling": LLAMA3})])
-def test_written_answers_are_those_of_each_prompt_alone(config, adapter, tokenizer, is_raw, settings):
-    model, asker = random_model(config, adapter, **settings), Asker(tokenizer, is_raw)
-    questions = put(asker, ROWS[:12])
-    expected = [plain_greedy(model, tokenizer, one.tokens, 5) for one in questions]
+@pytest.mark.parametrize(("raw", "settings"), [(True, {}), (False, {"window": 24, "rope_scaling": LLAMA3})])
+def test_generated_answers_equal_those_of_single_prompts(config, adapter, tokenizer, raw, settings):
+    model, prompter = random_model(config, adapter, **settings), make_prompter(tokenizer, raw)
+    questions = prompt_all(prompter, ROWS[:12])
+    expected = [plain_greedy(model, tokenizer, q.tokens, 5) for q in questions]
     assert len(set(expected)) > 9
     for batch_size in (1, 3, 16):
-        seen = Seen(model)
-        ours = only("generate", by_writing(model, asker, questions, config_of(batch_size, max_new_tokens=5)), 12)
-        assert ours == [{"scores": {}, "reply": reply} for reply in expected]
-        read = sum(rows * length for rows, length in seen.shapes if length > 1)
-        assert read < 0.6 * sum(len(one.tokens) for one in questions)
+        inputs = InputRecorder(model)
+        actual = outcomes("generate", model, prompter, questions, batch_size=batch_size, max_new_tokens=5)
+        assert [outcome.reply for outcome in actual] == expected
+        n_prompt_tokens = sum(rows * length for rows, length in inputs.shapes if length > 1)
+        assert n_prompt_tokens < 0.6 * sum(len(q.tokens) for q in questions)
 
 
-def test_open_questions_are_written_too(model, chat):
-    rows = [
-        Row(str(i), conversation(row.question, "x"), row.question, {}, "x", "", "en") for i, row in enumerate(ROWS[:6])
-    ]
-    questions = put(chat, rows)
-    ours = only("generate", by_writing(model, chat, questions, config_of(4, max_new_tokens=6)), 6)
+def test_free_form_questions_are_generated(model, chat):
+    rows = [Row(str(i), conversation(r.question, "x"), r.question, {}, "x", "", "en") for i, r in enumerate(ROWS[:6])]
+    actual = outcomes("generate", model, chat, prompt_all(chat, rows), batch_size=4, max_new_tokens=6)
     prompts = [chat.tokenizer.chat(row.messages[:1]) for row in rows]
-    assert [one["reply"] for one in ours] == [plain_greedy(model, chat.tokenizer, prompt, 6) for prompt in prompts]
+    expected = [plain_greedy(model, chat.tokenizer, prompt, 6) for prompt in prompts]
+    assert [outcome.reply for outcome in actual] == expected
 
 
 # --- loss ---
 
 
 def plain_loss(model, tokenizer, messages):
-    """(sum, number) of the assistant's own tokens, each after all that stands before it."""
-    before, found = [], []
-    for ids, own in tokenizer.chat_turns(messages):
-        if own:
-            found += log_likelihoods(model, before, ids)
+    """Return sum and number of the losses of the assistant's tokens, each after all tokens before it."""
+    before, scores = [], []
+    for ids, is_answer in tokenizer.chat_turns(messages):
+        if is_answer:
+            scores += log_likelihoods(model, before, ids)
         before = [*before, *ids]
-    return -sum(found), len(found)
+    return -sum(scores), len(scores)
 
 
-def test_loss_equals_a_plain_one(config, adapter, chat):
+def test_loss_equals_a_loop_over_tokens(config, adapter, chat):
     model = random_model(config, adapter)
     for batch_size in (1, 16):
-        ours = only("loss", by_loss(model, chat, put(chat, ROWS[:20]), config_of(batch_size)), 20)
-        for row, outcome in zip(ROWS[:20], ours, strict=True):
+        actual = outcomes("loss", model, chat, prompt_all(chat, ROWS[:20]), batch_size=batch_size)
+        for row, outcome in zip(ROWS[:20], actual, strict=True):
             nll, n_tokens = plain_loss(model, chat.tokenizer, row.messages)
-            assert outcome["n_tokens"] == n_tokens
-            torch.testing.assert_close(outcome["nll"], nll, rtol=1e-5, atol=1e-4)
+            assert outcome.n_tokens == n_tokens
+            torch.testing.assert_close(outcome.nll, nll, rtol=1e-5, atol=1e-4)
 
 
-def test_only_the_assistants_turns_have_a_loss(model, tokenizer):
+def example_likelihoods(model, examples, batch_size):
+    """Return (log-likelihood, number of targets) of each example."""
+    by_index = dict(likelihoods(model, [{"": example} for example in examples], [""] * len(examples), batch_size))
+    return [by_index[i][""] for i in range(len(examples))]
+
+
+def test_only_the_turns_of_the_assistant_have_a_loss(model, tokenizer):
+    first = [
+        *conversation("痛风？", "尿酸"),
+        *conversation("the key test for gout?", "uric acid"),
+        *conversation("a", "b"),
+    ]
+    system = {"role": "system", "content": "the joint fluid"}
     talks = [
-        [
-            *conversation("痛风？", "尿酸"),
-            *conversation("the key test for gout?", "uric acid"),
-            *conversation("a", "b"),
-        ],
+        first,
         conversation("asthma?", "cough"),
-        [{"role": "system", "content": "the joint fluid"}, *conversation("哮喘？", "喘息"), *conversation("x", "y z")],
+        [system, *conversation("哮喘？", "喘息"), *conversation("x", "y z")],
     ]
     examples = [encode_conversation(messages, tokenizer, CONTEXT) for messages in talks]
-    first = [next(i for i, target in enumerate(ex.targets) if target != IGNORE) for ex in examples]
-    assert [IGNORE in ex.targets[start:] for ex, start in zip(examples, first, strict=True)] == [True, False, True]
+    starts = [next(i for i, target in enumerate(ex.targets) if target != IGNORE) for ex in examples]
+    assert [IGNORE in ex.targets[start:] for ex, start in zip(examples, starts, strict=True)] == [True, False, True]
     for batch_size in (1, 3):
-        for (nll, n), messages in zip(losses_of(model, examples, batch_size), talks, strict=True):
-            expected, number = plain_loss(model, tokenizer, messages)
-            assert n == number
-            torch.testing.assert_close(nll, expected, rtol=1e-5, atol=1e-4)
+        actual = example_likelihoods(model, examples, batch_size)
+        for (score, n), messages in zip(actual, talks, strict=True):
+            expected, n_expected = plain_loss(model, tokenizer, messages)
+            assert n == n_expected
+            torch.testing.assert_close(-score, expected, rtol=1e-5, atol=1e-4)
 
 
-def test_losses_of_sequences_that_begin_alike_start_where_each_has_its_first_target(model):
+def test_likelihoods_of_examples_with_a_common_beginning_start_at_their_first_target(model):
     start = list(range(5, 45))
     examples = [Example([*start, 50 + i, 60], [IGNORE] * (38 - i) + list(range(70, 74 + i))) for i in range(6)]
-    for (nll, n), (tokens, targets) in zip(losses_of(model, examples, 4), examples, strict=True):
+    for (score, n), (tokens, targets) in zip(example_likelihoods(model, examples, 4), examples, strict=True):
         with torch.no_grad():
             log_probs = model(torch.tensor([tokens]))[0][0].log_softmax(-1)
-        expected = [-log_probs[t, target].item() for t, target in enumerate(targets) if target != IGNORE]
+        expected = [log_probs[t, target].item() for t, target in enumerate(targets) if target != IGNORE]
         assert n == len(expected)
-        torch.testing.assert_close(nll, sum(expected), rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close(score, sum(expected), rtol=1e-5, atol=1e-4)
 
 
-def test_an_answer_outside_the_context_has_no_loss(model, chat):
-    """What of it is inside counts."""
+def test_examples_with_the_same_input_are_computed_once(model):
+    inputs, tokens = InputRecorder(model), list(range(5, 25))
+    options = {name: Example(tokens, [IGNORE] * 19 + [target]) for name, target in (("A", 40), ("B", 41), ("C", 42))}
+    ((_, actual),) = likelihoods(model, [options], [""], 4)
+    assert inputs.shapes == [(1, 20)]
+    expected = {name: log_likelihoods(model, tokens, example.targets[-1:])[0] for name, example in options.items()}
+    assert len({score for score, _ in actual.values()}) == 3
+    assert_same_scores({name: score for name, (score, _) in actual.items()}, expected)
+
+
+def test_loss_counts_the_part_of_the_answer_inside_the_context(model, chat):
     row = replace(ROWS[0], messages=conversation("痛风", "gout asthma acid joint"))
-    question = chat.put(row, "auto", [], CONTEXT)
+    question = chat.prompt_question(row, [], CONTEXT)
     whole = encode_conversation(row.messages, chat.tokenizer, CONTEXT)
     n_prompt = whole.targets.count(IGNORE)
     for limit in (n_prompt, n_prompt + 1, n_prompt + 2):
         model.config = replace(model.config, max_seq_len=limit)
-        (outcome,) = only("loss", by_loss(model, chat, [question], config_of(4)), 1)
-        learned = [target for target in whole.targets[:limit] if target != IGNORE]
-        assert outcome["n_tokens"] == len(learned) == limit - n_prompt
-        prompt = [*whole.tokens[: n_prompt + 1]]
-        expected = -sum(log_likelihoods(model, prompt, learned)) if learned else 0.0
-        torch.testing.assert_close(outcome["nll"], expected, rtol=1e-5, atol=1e-4)
+        (outcome,) = outcomes("loss", model, chat, [question])
+        targets = [target for target in whole.targets[:limit] if target != IGNORE]
+        assert outcome.n_tokens == len(targets) == limit - n_prompt
+        expected = -sum(log_likelihoods(model, whole.tokens[: n_prompt + 1], targets)) if targets else 0.0
+        torch.testing.assert_close(outcome.nll, expected, rtol=1e-5, atol=1e-4)
 
 
-# --- all ways ---
+# --- all methods ---
 
 
-@pytest.mark.parametrize("way", SCORERS)
-def test_the_order_of_the_questions_changes_nothing(model, chat, way):
+@pytest.mark.parametrize("method", SCORERS)
+def test_order_of_the_questions_does_not_change_the_outcomes(model, chat, method):
     rows = ROWS[:16]
-    mixed = random.Random(4).sample(rows, len(rows))
-    config = config_of(3, max_new_tokens=3)
-    by_id = [
-        {row.id: outcome for row, outcome in
-         zip(order, results(SCORERS[way](model, chat, put(chat, order), config), len(order)), strict=True)}
-        for order in (rows, mixed)
-    ]  # fmt: skip
+    shuffled = random.Random(4).sample(rows, len(rows))
+    by_id = []
+    for order in (rows, shuffled):
+        actual = score(method, model, chat, prompt_all(chat, order), batch_size=3, max_new_tokens=3)
+        by_id.append({row.id: outcome for row, outcome in zip(order, actual, strict=True)})
     assert list(by_id[0]) != list(by_id[1])
     for row in rows:
-        if way == "generate":
+        if method == "generate":
             assert by_id[1][row.id] == by_id[0][row.id]
         else:
-            assert_same_scores(by_id[1][row.id], by_id[0][row.id])
+            assert_same_scores(numbers(by_id[1][row.id]), numbers(by_id[0][row.id]))
     assert len({str(outcome) for outcome in by_id[0].values()}) > len(rows) / 2
 
 
-@pytest.mark.parametrize("way", SCORERS)
-def test_no_questions_have_no_outcomes(model, chat, way):
-    assert list(SCORERS[way](model, chat, [], config_of(3))) == []
+@pytest.mark.parametrize("method", SCORERS)
+def test_no_questions_have_no_outcomes(model, chat, method):
+    assert score(method, model, chat, []) == []
 
 
-@pytest.mark.parametrize("where", ["model.layers.0.mlp.gate_proj.weight", "lm_head.weight"])
-@pytest.mark.parametrize("way", ["logits", "text"])
-def test_damaged_weights_are_said(model, chat, way, where):
-    questions = put(chat, ROWS[:4])
+@pytest.mark.parametrize("name", ["model.layers.0.mlp.gate_proj.weight", "lm_head.weight"])
+@pytest.mark.parametrize("method", ["logits", "text"])
+def test_non_finite_weights_are_an_error(model, chat, method, name):
+    prompter = make_prompter(chat.tokenizer, score=(method,))
+    questions = prompt_all(prompter, ROWS[:4])
     with torch.no_grad():
-        model.state_dict()[where][:] = math.nan
-    with pytest.raises(FloatingPointError, match="its weights are damaged"):
-        answer(model, chat, questions, config_of(2, score=(way,)), [{} for _ in questions], show_progress=False)
+        model.state_dict()[name][:] = math.nan
+    with pytest.raises(FloatingPointError, match="damaged"):
+        Evaluation(prompter, questions, [{} for _ in questions]).answer(model, show=False)
 
 
 # --- decisions ---
 
 
-def test_one_letter_is_the_best_and_of_equal_ones_the_first():
-    assert decide({"A": -3.0, "B": -1.0, "C": -2.0}, several=False) == "B"
-    assert decide({"A": -1.0 - 0.9 * TIE, "B": -1.0, "C": -1.0}, several=False) == "A"
-    assert decide({"A": -1.0 - 1.1 * TIE, "B": -1.0, "C": -1.0}, several=False) == "B"
-    assert decide({"B": -1.0, "A": -1.0}, several=False) == "B"  # in the order of the options
-    # Each is within the margin of its neighbour: only the distance to the best counts.
-    assert decide({"A": -1.0 - 1.4 * TIE, "B": -1.0 - 0.7 * TIE, "C": -1.0}, several=False) == "B"
+def test_single_answer_is_the_best_option_and_the_first_of_equal_ones():
+    assert decide({"A": -3.0, "B": -1.0, "C": -2.0}, multiple_answers=False) == "B"
+    assert decide({"A": -1.0 - 0.9 * TIE, "B": -1.0, "C": -1.0}, multiple_answers=False) == "A"
+    assert decide({"A": -1.0 - 1.1 * TIE, "B": -1.0, "C": -1.0}, multiple_answers=False) == "B"
+    assert decide({"B": -1.0, "A": -1.0}, multiple_answers=False) == "B"  # in the order of the options
+    # Each is within TIE of its neighbour: only the difference from the best counts.
+    assert decide({"A": -1.0 - 1.4 * TIE, "B": -1.0 - 0.7 * TIE, "C": -1.0}, multiple_answers=False) == "B"
 
 
-def test_several_letters_are_those_of_at_least_the_mean():
+def test_multiple_answers_are_the_options_of_at_least_the_mean():
     rng = random.Random(0)
     for _ in range(200):
         scores = {letter: -10 * rng.random() for letter in "ABCDEF"[: rng.randint(2, 6)]}
         probabilities = {letter: math.exp(score) for letter, score in scores.items()}
-        geometric = math.prod(probabilities.values()) ** (1 / len(scores))
-        expected = [letter for letter, p in probabilities.items() if p >= geometric]
-        assert decide(scores, several=True) == "".join(expected)
-        assert decide(scores, several=False) == max(scores, key=scores.get)
-    assert decide(dict.fromkeys("ABCD", -1.7), several=True) == "ABCD"
-    assert decide({"A": -1.0, "B": -2.0, "C": -1.5 - 0.9 * TIE}, several=True) == "AC"
+        geometric_mean = math.prod(probabilities.values()) ** (1 / len(scores))
+        expected = [letter for letter, p in probabilities.items() if p >= geometric_mean]
+        assert decide(scores, multiple_answers=True) == "".join(expected)
+        assert decide(scores, multiple_answers=False) == max(scores, key=scores.get)
+    assert decide(dict.fromkeys("ABCD", -1.7), multiple_answers=True) == "ABCD"
+    assert decide({"A": -1.0, "B": -2.0, "C": -1.5 - 0.9 * TIE}, multiple_answers=True) == "AC"
 
 
-@pytest.mark.parametrize("several", [True, False])
-def test_no_scores_decide_nothing_and_what_is_no_number_is_an_error(several):
-    assert decide({}, several) == ""
-    for bad in (math.nan, math.inf, -math.inf):
-        with pytest.raises(FloatingPointError, match=f"{bad}.* damaged"):
-            decide({"A": -1.0, "B": bad}, several)
+@pytest.mark.parametrize("multiple_answers", [True, False])
+def test_decide_without_scores_and_with_non_finite_scores(multiple_answers):
+    assert decide({}, multiple_answers) == ""
+    for score in (math.nan, math.inf, -math.inf):
+        with pytest.raises(FloatingPointError, match=f"{score}.* damaged"):
+            decide({"A": -1.0, "B": score}, multiple_answers)

@@ -1,0 +1,103 @@
+import itertools
+import re
+from dataclasses import replace
+
+import pytest
+from random_predictions import EXAM_TYPES, TOPICS, make_prediction, n_correct_of, random_predictions
+
+from minidoctor.evaluate.records import Outcome
+from minidoctor.evaluate.summary import full_summary
+from minidoctor.evaluate.table import format_summary
+
+SUBROWS = ("", "one correct letter", "several correct letters")
+
+
+def rows_of_group(text, name):
+    """Return the lines of the table from that of a group to the next."""
+    lines = [line for line in text.splitlines() if "trivial baselines" not in line]
+    from_group = itertools.dropwhile(lambda line: line[:32].strip() != name, lines)
+    return list(itertools.takewhile(lambda line: line[:32].strip() in (name, *SUBROWS), from_group))
+
+
+def cells(line):
+    return [cell for cell in line[32:].split() if cell != "-"]
+
+
+def expected_cells(method, accuracy, n=None):
+    low, high = accuracy.interval or (0, 0)
+    interval = [f"{100 * bound:.1f}%" for bound in (low, high)] if low < high else []
+    unanswered = [str(count) for count in [getattr(accuracy, "unanswered", 0)] if count]
+    return [method, f"{100 * accuracy.accuracy:.1f}%", *interval, str(n or accuracy.n), *unanswered]
+
+
+def check_group(text, name, group):
+    expected = []
+    if group.n:
+        expected.append(expected_cells(group.scoring, group))
+        if group.multiple_answers.n:
+            expected.append(expected_cells(group.scoring, group.single_answer))
+            expected.append(expected_cells(group.scoring, group.multiple_answers))
+        expected += [expected_cells(method, accuracy) for method, accuracy in group.methods.items()]
+    if group.n_free_form:
+        expected.append(["free-form", f"{100 * group.free_form_accuracy:.1f}%", str(group.n_free_form)])
+    if group.nll is not None:
+        expected.append(["loss", f"{group.nll:.3f}", "nats", "per", "token"])
+    assert [cells(line) for line in rows_of_group(text, name)] == expected
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_table_contains_every_number_of_the_summary(seed):
+    predictions = random_predictions(seed, 300)
+    for i, p in enumerate(predictions):  # a method that some questions do not have
+        if p.exam == "cmexam":
+            outcomes = {name: outcome for name, outcome in p.outcomes.items() if name != "generate"}
+            predictions[i] = replace(p, outcomes=outcomes)
+    summary = full_summary(predictions)
+    text = format_summary(summary)
+    check_group(text, "all", summary)
+    for name in ("zh", "en"):
+        check_group(text, name, summary.languages[name])
+    for name, exam in summary.exams.items():
+        check_group(text, name, exam)
+        for part, accuracy in exam.parts.items():
+            assert cells(rows_of_group(text, part)[0]) == expected_cells(exam.scoring, accuracy)
+    means = [cells(line) for line in text.splitlines() if "mean of these" in line]
+    exams = [exam for exam in summary.exams.values() if exam.parts]
+    assert means == [expected_cells(exam.scoring, exam.mean_of_parts, exam.n) for exam in exams]
+    shots = ", ".join(f"{n} in {count} questions" for n, count in summary.shots.items())
+    assert f"few-shot examples in the prompt: {shots}" in text
+    names = {"random": "chance", "most_frequent": "always the most frequent answer"}
+    for key, name in (names | {"longest_option": "always the longest option"}).items():
+        assert f"{name} {100 * summary.trivial_baselines[key]:.1f}%" in text
+    assert min(summary.too_long, summary.without_answer, summary.unanswered) > 0
+    assert re.search(rf"^{summary.too_long} .*context", text, re.MULTILINE)
+    assert re.search(rf"^{summary.without_answer} .*no known answer", text, re.MULTILINE)
+    assert max(map(len, text.splitlines())) <= 120
+
+
+def test_table_has_no_line_without_content():
+    text = format_summary(full_summary(n_correct_of(20, 11)))
+    lines = text.splitlines()
+    assert [line[:32].strip() for line in lines if "baselines" not in line] == ["", "all", EXAM_TYPES[0]]
+    assert lines[-2].startswith("  trivial baselines: ")
+    absent = ("few-shot", "correct letter", "mean of", "free-form", "loss", "context", "known answer", "None", "nan%")
+    assert not [phrase for phrase in absent if phrase in text]
+
+
+@pytest.mark.parametrize("predictions", [[], [make_prediction()]])
+def test_table_of_nothing_is_its_header(predictions):
+    assert len(format_summary(full_summary(predictions)).splitlines()) == 1
+
+
+def test_widest_table_fits_into_120_columns():
+    fields = {"exam": "cmmlu", "multiple_answers": True}
+    predictions = n_correct_of(5000, 5000, topic=TOPICS[2], **fields) + n_correct_of(5000, 0, topic=TOPICS[1], **fields)
+    per_character = {"text_per_character": Outcome(correct=True)}
+    for i, p in enumerate(predictions):
+        headline = Outcome(prediction="A" if p.correct else "", correct=p.correct)
+        predictions[i] = replace(p, outcomes={"logits": headline} | per_character)
+    lines = format_summary(full_summary(predictions)).splitlines()
+    assert max(map(len, lines)) <= 120
+    assert all(len(line) == len(line.rstrip()) for line in lines)
+    column = lines[0].index("accuracy") + len("accuracy")
+    assert {line[column - 1] for line in lines[1:] if "%" in line and "baselines" not in line} == {"%"}
