@@ -36,10 +36,10 @@ def seed():
 
 
 @pytest.fixture(scope="session")
-def make_tokenizer(tmp_path_factory):
-    """BPE with byte fallback, as data/make_base.py trains it."""
+def train_sentencepiece():
+    """A function that trains BPE with byte fallback, as in data/make_base.py, and returns the content of its file."""
 
-    def make(**settings):
+    def train(**settings):
         model = io.BytesIO()
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(SENTENCES * 4),
@@ -55,8 +55,16 @@ def make_tokenizer(tmp_path_factory):
             minloglevel=2,
             **settings,
         )
+        return model.getvalue()
+
+    return train
+
+
+@pytest.fixture(scope="session")
+def make_tokenizer(tmp_path_factory, train_sentencepiece):
+    def make(**settings):
         directory = tmp_path_factory.mktemp("tokenizer")
-        (directory / "tokenizer.model").write_bytes(model.getvalue())
+        (directory / "tokenizer.model").write_bytes(train_sentencepiece(**settings))
         return load_tokenizer(directory)
 
     return make

@@ -21,6 +21,8 @@ def read_bytes(path: Path, pipe: bool = False) -> bytes:
 
 
 def check_regular(path: Path, pipe: bool = False) -> None:
+    if os.path.islink(path) and not os.path.exists(path):  # as after an interrupted download
+        raise FileNotFoundError(f"{path}: a symlink to {os.readlink(path)}, which does not exist")
     if not os.path.exists(path):  # unlike Path.exists also False for a name that is too long
         raise FileNotFoundError(f"{path}: no such file")
     check(not path.is_dir(), f"{path}: a directory, expected a file")

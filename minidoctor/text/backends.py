@@ -4,9 +4,11 @@ Special tokens are never matched in text: `"</s>"` is encoded as these four char
 tokens by id.
 """
 
+import copy
 import json
 import os
 import re
+import struct
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,8 +18,9 @@ import sentencepiece
 from minidoctor.config import UserError, check
 from minidoctor.files.json_files import read_bytes, read_object
 
-CONTROL, USER_DEFINED = 3, 4  # types of a piece in sentencepiece_model.proto
+CONTROL, USER_DEFINED = b"\3", b"\4"  # types of a piece in sentencepiece_model.proto
 ADD_DUMMY_PREFIX = bytes([3 << 3 | 2, 2, 3 << 3])  # protobuf: normalizer_spec (field 3), add_dummy_prefix (field 3)
+TIKTOKEN = rb"[A-Za-z0-9+/]+=* \d+\s"  # its first line: a token in base64 and its rank
 MARKER = r"<.+>|\[.+\]"  # tokens like these are treated as special, regardless of their type
 # The position of a text decides if a space is prepended to it: at the very start, after a special token, or after
 # other text. The three schemes are those of Metaspace in the package `tokenizers`.
@@ -111,10 +114,9 @@ class JsonBackend:
             self.starts_with_bos = starts_with_special(content)
             # Truncation, padding and templates are for batches of texts.
             content |= {"truncation": None, "padding": None, "post_processor": None}
-            self.reader = without = Reader.from_str(json.dumps(content))
-            scheme = prepend_scheme(content)
-            if scheme != "never":
-                without = Reader.from_str(json.dumps(without_space(content)))
+            content_without, scheme = without_space(content)
+            self.reader = Reader.from_str(json.dumps(content))
+            without = self.reader if scheme == "never" else Reader.from_str(json.dumps(content_without))
             self.at = {p: self.reader if p in PREPEND_SCHEMES[scheme] else without for p in (START, SECTION, INSIDE)}
             self.reader.encode_special_tokens = without.encode_special_tokens = True
             self.reader.encode("a")  # some damage shows only here
@@ -147,89 +149,56 @@ def load_backend(directory: Path, scheme: str | None, added: list[AddedToken]) -
     has_model, has_content = os.path.lexists(model), os.path.lexists(content)
     if not has_model and not has_content:
         raise FileNotFoundError(f"{directory}: no tokenizer.model or tokenizer.json here")
-    if has_model and is_tiktoken(model):
+    note = ""
+    if has_model and re.match(TIKTOKEN, read_bytes(model)):
         check(has_content, f"{model}: a tiktoken vocabulary, which can be read from a tokenizer.json only")
-        return JsonBackend(content), f"{content.name} ({model.name} is a tiktoken vocabulary)"
+        has_model, note = False, f" ({model.name} is a tiktoken vocabulary)"
     if not has_model:
-        return JsonBackend(content), content.name
-    if not has_content:
-        return SentencePieceBackend(model, scheme, added), model.name
-    backend = SentencePieceBackend(model, prepend_scheme(read_object(content)), added)  # spaces as in other programs
-    return backend, f"{model.name} (not {content.name}, which needs one more package)"
+        return JsonBackend(content), content.name + note
+    if has_content:
+        _, scheme = without_space(read_object(content))  # other programs take the spaces from this file
+        note = f" (not {content.name}, which needs one more package)"
+    return SentencePieceBackend(model, scheme, added), model.name + note
 
 
 def starts_with_special(content: dict[str, Any]) -> bool:
     """Return True if a tokenizer.json prepends a special token to every text."""
     step = content.get("post_processor") or {}
-    for part in step.get("processors", [step]):
-        if part.get("type") == "TemplateProcessing":
-            return "SpecialToken" in part["single"][0]
-    return False
+    templates = [s["single"] for s in step.get("processors", [step]) if s.get("type") == "TemplateProcessing"]
+    return bool(templates) and "SpecialToken" in templates[0][0]
 
 
-def steps(content: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the normalizers and pre-tokenizers of a tokenizer.json in the order in which they run."""
-    result: list[dict[str, Any]] = []
+def without_space(content: dict[str, Any]) -> tuple[dict[str, Any], str]:
+    """Return a copy of a tokenizer.json that prepends no space, and the prepend scheme of the original."""
+    content, scheme = dict(content), "never"
     for key, sequence in (("normalizer", "normalizers"), ("pre_tokenizer", "pretokenizers")):
-        step = content.get(key) or {sequence: []}
-        result += step.get(sequence, [step])
-    return result
-
-
-def prepend_scheme(content: dict[str, Any]) -> str:
-    """Return the key of PREPEND_SCHEMES that a tokenizer.json follows."""
-    for step in steps(content):
-        if step["type"] == "Metaspace":
-            return step.get("prepend_scheme") or ("always" if step.get("add_prefix_space", True) else "never")
-        if step["type"] == "Prepend" or (step["type"] == "ByteLevel" and step.get("add_prefix_space")):
-            return "always"
-    return "never"
-
-
-def without_space(content: dict[str, Any]) -> dict[str, Any]:
-    """Return a copy of a tokenizer.json that prepends no space."""
-    copy = json.loads(json.dumps(content))
-    for step in steps(copy):
-        step |= WITHOUT_SPACE.get(step["type"], {})
-    return copy
-
-
-def is_tiktoken(path: Path) -> bool:
-    """Return True for the text format of tiktoken, a token in base64 and its rank per line, often also .model."""
-    return bool(re.match(rb"[A-Za-z0-9+/]+=* \d+\s", read_bytes(path)))
+        content[key] = copy.deepcopy(content.get(key))
+        parent = content[key] or {sequence: []}
+        for step in parent.get(sequence, [parent]):
+            if step["type"] in WITHOUT_SPACE and scheme == "never":
+                adds_space = step.get("add_prefix_space", step["type"] != "ByteLevel")
+                scheme = step.get("prepend_scheme") or ("always" if adds_space else "never")
+            step |= WITHOUT_SPACE.get(step["type"], {})
+    return content, scheme
 
 
 def markers_as_control(model: bytes) -> bytes:
     """Return a SentencePiece model with user-defined pieces like "<eoh>" or "[INST]" changed to control pieces.
 
-    SentencePiece matches user-defined pieces anywhere in a text, and control pieces never. The model is a protobuf
-    message in which field 1 repeats {1: piece, 2: score, 3: type}.
+    SentencePiece matches user-defined pieces anywhere in a text, and control pieces never. In the protobuf message of
+    the model, field 1 repeats {1: piece, 2: score, 3: type}. Only the last byte of a type is changed.
     """
-    changed, at = bytearray(model), 0
-    while at < len(model):
-        key, at = read_varint(model, at)
-        end = at
-        if key & 7 == 2:  # length-delimited
-            length, at = read_varint(model, at)
-            end = at + length
-            # The library writes the piece, a score of 4 bytes and, unless it is NORMAL, the type as the last 2 bytes.
-            if key == 1 << 3 | 2 and model[end - 2 : end] == bytes([3 << 3, USER_DEFINED]):
-                size, start = read_varint(model, at + 1)
-                if re.fullmatch(MARKER.encode(), model[start : start + size], re.DOTALL):
-                    changed[end - 1] = CONTROL
-        elif key & 7 == 0:
-            _, end = read_varint(model, at)
-        else:
-            end = at + (8 if key & 7 == 1 else 4)
-        at = end
-    return bytes(changed)
+    processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+    for i in range(processor.vocab_size()):
+        piece = processor.id_to_piece(i)
+        if re.fullmatch(MARKER, piece, re.DOTALL):
+            fields = b"\x0a" + varint(len(piece.encode())) + piece.encode()
+            fields += b"\x15" + struct.pack("<f", processor.get_score(i)) + b"\x18"
+            message = b"\x0a" + varint(len(fields) + 1) + fields
+            model = model.replace(message + USER_DEFINED, message + CONTROL, 1)
+    return model
 
 
-def read_varint(data: bytes, at: int) -> tuple[int, int]:
-    """Return a protobuf integer, stored as 7 bits per byte with the lowest first, and the index of its end."""
-    value = 0
-    for i in range(10):  # the maximum length
-        value |= (data[at + i] & 0x7F) << 7 * i
-        if data[at + i] < 0x80:
-            return value, at + i + 1
-    raise IndexError("an integer without an end")
+def varint(n: int) -> bytes:
+    """Return a protobuf integer below 2**14: 7 bits per byte, the lowest first."""
+    return bytes([n]) if n < 128 else bytes([n & 127 | 128, n >> 7])

@@ -26,7 +26,7 @@ class ChatFormat(NamedTuple):
     end: str = "{eos}"  # the token that ends the answer, trained with it
     after: str = ""  # follows the answer, without loss
     start: str = "{bos}"
-    past_generation_prompt: str | None = None  # with earlier answers, where it differs from the last one's
+    past_prompt: str | None = None  # the generation prompt of earlier answers, if it differs from the last one's
     past_end: str | None = None
     default_system: str | None = None  # the message of a conversation without a system message
     system_in_user: str = ""  # "first" or "last": the user message that includes the system message
@@ -35,25 +35,18 @@ class ChatFormat(NamedTuple):
 
 
 CHATML = ChatFormat(
-    system="<|im_start|>system\n{}<|im_end|>\n",
-    user="<|im_start|>user\n{}<|im_end|>\n",
-    generation_prompt="<|im_start|>assistant\n",
-    end="<|im_end|>",
-    after="\n",
-    start="",
-    needs=("<|im_start|>", "<|im_end|>"),
-)
+    system="<|im_start|>system\n{}<|im_end|>\n", user="<|im_start|>user\n{}<|im_end|>\n", start="",
+    generation_prompt="<|im_start|>assistant\n", end="<|im_end|>", after="\n", needs=("<|im_start|>", "<|im_end|>"),
+)  # fmt: skip
 LLAMA3 = ChatFormat(
     system="<|start_header_id|>system<|end_header_id|>\n\n{}<|eot_id|>",
     user="<|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|>",
-    generation_prompt="<|start_header_id|>assistant<|end_header_id|>\n\n",
-    end="<|eot_id|>",
-    strip=True,
+    generation_prompt="<|start_header_id|>assistant<|end_header_id|>\n\n", end="<|eot_id|>", strip=True,
     needs=("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
-)
+)  # fmt: skip
 MISTRAL = ChatFormat(
     system="{}\n\n", system_in_user="first", user=" [INST] {} [/INST]", generation_prompt="", answer=" {}"
-)  # fmt: skip
+)
 CHAT_FORMATS = {
     "minidoctor": ChatFormat(
         system="<|system|>{}", user="<|user|>{}", generation_prompt="<|assistant|>",
@@ -64,8 +57,7 @@ CHAT_FORMATS = {
     # With thinking turned off, the last answer follows an empty thinking block.
     "qwen3": CHATML._replace(
         generation_prompt=CHATML.generation_prompt + "<think>\n\n</think>\n\n",
-        past_generation_prompt=CHATML.generation_prompt,
-        needs=(*CHATML.needs, "<think>", "</think>"),
+        past_prompt=CHATML.generation_prompt, needs=(*CHATML.needs, "<think>", "</think>"),
     ),
     "llama2": ChatFormat(
         system="<<SYS>>\n{}\n<</SYS>>\n\n", system_in_user="first", user="{bos}[INST] {} [/INST]",
@@ -170,14 +162,10 @@ def render(messages: list[dict[str, str]], format: ChatFormat, special_tokens: I
     for i, message in enumerate(messages):
         content = message["content"].strip() if format.strip else message["content"]
         if message["role"] == "assistant":
-            generation_prompt, end = format.generation_prompt, format.end
-            if i < users[-1] and format.past_generation_prompt is not None:
-                generation_prompt = format.past_generation_prompt
-            if i < users[-1] and format.past_end is not None:
-                end = format.past_end
-            write(generation_prompt)
+            past = i < users[-1]
+            write(format.past_prompt if past and format.past_prompt is not None else format.generation_prompt)
             write(format.answer, content, assistant=True)
-            write(end, assistant=True)
+            write(format.past_end if past and format.past_end is not None else format.end, assistant=True)
             write(format.after)
         elif message["role"] == "user":
             write(format.user, prefix + content if i == host else content)

@@ -1,9 +1,13 @@
 """Streaming: text from tokens as they are generated, in whole characters and safe to print."""
 
+import re
+
 from minidoctor.text.tokenizer import Tokenizer
 
 INCOMPLETE = "\ufffd"  # decoded from the first bytes of a character whose other bytes are in later tokens
 CONTEXT = 16  # tokens that are decoded again together with later ones
+# Control characters except newline and tab, line and paragraph separators, bidirectional marks, surrogates.
+UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 class TextStream:
@@ -43,10 +47,4 @@ def printable(text: str) -> str:
 
     Newline and tab stay. The marks that reverse the reading direction are also escaped.
     """
-    return "".join(c if c in "\n\t" or not is_control(c) else ascii(c)[1:-1] for c in text)
-
-
-def is_control(char: str) -> bool:
-    code = ord(char)
-    unicode_ranges = ((0, 0x1F), (0x7F, 0x9F), (0x2028, 0x202E), (0x2066, 0x2069), (0xD800, 0xDFFF))
-    return any(first <= code <= last for first, last in unicode_ranges)
+    return UNSAFE.sub(lambda match: ascii(match[0])[1:-1], text)

@@ -8,6 +8,7 @@ are placed by id, in this file only, at the positions that the chat format defin
 """
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,28 +21,23 @@ from minidoctor.text.chat_formats import CHAT_FORMATS, ChatFormat, adapt, recogn
 SETTINGS = ("config.json", "generation_config.json", "special_tokens_map.json", "tokenizer_config.json")
 
 
+@dataclass
 class Tokenizer:
-    """A backend with the special tokens and the chat format of its checkpoint.
+    """A backend with the special tokens and the chat format of its checkpoint."""
 
-    `special_tokens` maps names to ids, with "{bos}" and the other names of chat_formats.py. `start` precedes every
-    text outside a chat. `note` reports which file and which chat format are used, and why.
-    """
+    backend: Backend
+    special_tokens: dict[str, int]  # by name, with "{bos}" and the other names of chat_formats.py
+    start: list[int]  # precedes every text outside a chat
+    eos_ids: tuple[int, ...]  # each of them ends an answer
+    chat_format: str | None
+    format: ChatFormat | None
+    note: str  # the file and the chat format in use, and the reason
 
-    def __init__(
-        self,
-        backend: Backend,
-        special_tokens: dict[str, int],
-        start: list[int],
-        eos_ids: list[int],
-        chat_format: str | None,
-        format: ChatFormat | None,
-        note: str,
-    ):
-        self.backend, self.special_tokens, self.start = backend, special_tokens, start
-        self.chat_format, self.format, self.note = chat_format, format, note
+    def __post_init__(self) -> None:
+        backend, special_tokens, format = self.backend, self.special_tokens, self.format
         self.bos_id = special_tokens.get("{bos}")
         end = [special_tokens[format.end]] if format and format.end in special_tokens else []
-        self.eos_ids = tuple(dict.fromkeys(end + eos_ids))
+        self.eos_ids = tuple(dict.fromkeys([*end, *self.eos_ids]))
         # In reverse, so that the name is "<s>" and not "{bos}".
         names = {i: name for name, i in reversed(special_tokens.items()) if i != backend.unk_id}
         self.names = {i: backend.decode([i]) or name for i, name in names.items()}
@@ -52,7 +48,7 @@ class Tokenizer:
         markup = "".join(part for part in format or () if isinstance(part, str))
         used = [i for name, i in special_tokens.items() if name in markup and name.startswith("{")]
         used += [special_tokens[name] for name in (format.needs if format else ())]
-        self.vocab_size = max([backend.size, *(i + 1 for i in used + start)])
+        self.vocab_size = max([backend.size, *(i + 1 for i in used + self.start)])
 
     def encode(self, text: str, position: str = START) -> list[int]:
         """Encode text without special tokens: `"</s>"` becomes the tokens of these four characters."""
@@ -60,11 +56,9 @@ class Tokenizer:
         ids = self.backend.encode(text.encode("utf-8", "replace").decode("utf-8"), position)
         if self.names.keys().isdisjoint(ids):
             return ids
-        # Some vocabularies have a special token among their pieces of text. Its characters are encoded one by one.
-        return [k for i in ids for k in (self.encode_letters(self.names[i]) if i in self.names else [i])]
-
-    def encode_letters(self, text: str) -> list[int]:
-        return [i for letter in text for i in self.backend.encode(letter, INSIDE)]
+        # Some vocabularies have a special token among their pieces of text: its characters are encoded one by one.
+        parts = [[self.backend.encode(c, INSIDE) for c in self.names[i]] if i in self.names else [[i]] for i in ids]
+        return [i for part in parts for letters in part for i in letters]
 
     def decode(self, ids: list[int]) -> str:
         """Decode text. Special tokens and ids that are not in the vocabulary decode to nothing."""
@@ -86,10 +80,8 @@ class Tokenizer:
             raise UserError(self.note)
         turns, position = [], START
         for text, assistant, special in render(messages, self.format, {*self.special_tokens, "{bos}", "{eos}"}):
-            if special:
-                turns.append(([self.special_tokens[text]] if text in self.special_tokens else [], assistant))
-            else:
-                turns.append((self.encode(text, position), assistant))
+            special_ids = [self.special_tokens[text]] if text in self.special_tokens else []
+            turns.append((special_ids if special else self.encode(text, position), assistant))
             position = SECTION if special else INSIDE
         return turns
 
@@ -128,7 +120,7 @@ def load_tokenizer(directory: str | Path, chat_format: str = "auto") -> Tokenize
         raise UserError(f"{directory}: unexpected tokenizer settings ({error!r:.80})") from error
     if format and name == "plain" and not start:  # as any other text of this checkpoint
         format = format._replace(start="")
-    return Tokenizer(backend, special_tokens, start, eos_ids, name, format, f"{file}, {reason}")
+    return Tokenizer(backend, special_tokens, start, tuple(eos_ids), name, format, f"{file}, {reason}")
 
 
 def special_token_ids(backend: Backend, settings: dict[str, Any], directory: Path) -> tuple[dict[str, int], list[int]]:
@@ -156,7 +148,7 @@ def special_token_ids(backend: Backend, settings: dict[str, Any], directory: Pat
     all_ids = (*special_tokens.values(), *(token.id for token in backend.added))
     check(all(map(is_id, all_ids)), f"{directory}: a token id must be an integer of at least 0")
     check(all(isinstance(token.content, str) for token in backend.added), f"{directory}: a token must be text")
-    ends = [special_tokens[name] for name in ("{eos}",) if name in special_tokens] + ends
+    ends = [special_tokens.get("{eos}", LARGEST), *ends]
     return special_tokens, [i for i in ends if i < settings["n_rows"]]
 
 

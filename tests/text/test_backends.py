@@ -10,17 +10,12 @@ import pytest
 import sentencepiece
 
 from minidoctor.text.backends import (
-    CONTROL,
     INSIDE,
     SECTION,
     START,
-    USER_DEFINED,
     AddedToken,
     SentencePieceBackend,
     markers_as_control,
-    prepend_scheme,
-    read_varint,
-    steps,
     without_space,
 )
 from minidoctor.text.tokenizer import load_tokenizer
@@ -31,12 +26,12 @@ LETTERS = "abcdefghijklmnopqrstuvwxyzA1"
 
 
 @pytest.fixture
-def model_file(tmp_path, make_tokenizer):
+def model_file(tmp_path, train_sentencepiece):
     """A function that trains a SentencePiece model and returns its path."""
 
     def write(**settings):
         path = tmp_path / "tokenizer.model"
-        path.write_bytes(make_tokenizer(**settings).backend.processor.serialized_model_proto())
+        path.write_bytes(train_sentencepiece(**settings))
         return path
 
     return write
@@ -194,38 +189,21 @@ def test_missing_start_and_end_tokens_have_no_id(model_file):
     assert (backend.bos_id, backend.eos_id) == (None, None)
 
 
-def piece_message(text, kind):
-    """Return {1: text, 2: score 0, 3: type} as field 1 of a SentencePiece model. The usual type is left out."""
-    body = bytes([1 << 3 | 2, len(text)]) + text + bytes([2 << 3 | 5, 0, 0, 0, 0])
-    body += bytes([3 << 3, kind]) if kind else b""
-    return bytes([1 << 3 | 2, len(body)]) + body
-
-
-def test_only_user_defined_markers_become_control_pieces():
-    def model(marker_kind):
-        pieces = [("<eoh>", marker_kind), ("[INST]", marker_kind), ("<问>".encode(), marker_kind)]
-        pieces += [("gout", USER_DEFINED), ("<s>", CONTROL), ("<x>", None), ("<0x0A>", 6), ("a<b>", USER_DEFINED)]
-        messages = [piece_message(t if isinstance(t, bytes) else t.encode(), kind) for t, kind in pieces]
-        # Fields that are not pieces: trainer settings with the same bytes, a varint, 8 bytes and 4 bytes.
-        other = piece_message(b"<eoh>", USER_DEFINED)
-        return (
-            b"".join(messages)
-            + bytes([2 << 3 | 2, len(other)])
-            + other
-            + bytes([10 << 3, 0x96, 1])
-            + (bytes([11 << 3 | 1, *range(8)]) + bytes([12 << 3 | 5, *range(4)]))
-        )
-
-    assert markers_as_control(model(USER_DEFINED)) == model(CONTROL)
-    assert markers_as_control(model(CONTROL)) == model(CONTROL)
-
-
-def test_read_varint_reads_7_bits_per_byte_lowest_first():
-    assert read_varint(bytes([0]), 0) == (0, 1)
-    assert read_varint(bytes([0x7F, 9]), 0) == (127, 1)
-    assert read_varint(bytes([9, 0x96, 0x01]), 1) == (0x16 + (1 << 7), 3)
-    with pytest.raises(IndexError):
-        read_varint(bytes([0x80]), 0)
+def test_only_user_defined_markers_become_control_pieces(tmp_path, model_file):
+    long = f"<|{'x' * 150}|>"  # lengths above 127 have two bytes
+    markers, words = ["<eoh>", "[INST]", "<问>", long], ["gout", "a<b>"]
+    path = model_file(user_defined_symbols=[*markers, *words], control_symbols=["<call>"])
+    before = path.read_bytes()
+    after = markers_as_control(before)
+    old, changed = (sentencepiece.SentencePieceProcessor(model_proto=model) for model in (before, after))
+    new_control = {i for i in range(old.vocab_size()) if changed.is_control(i) and not old.is_control(i)}
+    assert new_control == {old.piece_to_id(marker) for marker in markers}
+    assert [len(before), sum(a != b for a, b in zip(before, after, strict=True))] == [len(after), len(markers)]
+    for text in markers:
+        assert old.piece_to_id(text) in old.encode(text)
+        assert old.piece_to_id(text) not in changed.encode(text)
+    assert all(changed.piece_to_id(word) in changed.encode(word) for word in words)
+    assert markers_as_control(after) == after
 
 
 # Spaces of a tokenizer.json
@@ -266,15 +244,17 @@ def test_read_varint_reads_7_bits_per_byte_lowest_first():
 )
 def test_prepend_scheme_of_a_tokenizer_json(content, expected):
     before = json.dumps(content)
-    assert prepend_scheme(content) == expected
-    assert prepend_scheme(without_space(content)) == "never" or "Prepend" in before
+    changed, scheme = without_space(content)
+    assert scheme == expected
+    assert without_space(changed)[1] == "never" or "Prepend" in before
     assert json.dumps(content) == before  # changed in a copy only
 
 
 def test_without_space_a_prepend_step_prepends_nothing():
     step = {"type": "Prepend", "prepend": SPACE}
     content = {"normalizer": {"type": "Sequence", "normalizers": [{"type": "NFC"}, step]}}
-    assert steps(without_space(content)) == [{"type": "NFC"}, {"type": "Prepend", "prepend": ""}]
+    changed, _ = without_space(content)
+    assert changed["normalizer"]["normalizers"] == [{"type": "NFC"}, {"type": "Prepend", "prepend": ""}]
 
 
 # tokenizer.json
