@@ -1,6 +1,7 @@
-"""What of ours bench.py times: a step as train.py runs it, the floor beneath it, and the way that it does not take.
+"""Implementations timed by the benchmark: the training step of train.py, its lower bound, and a loop over experts.
 
-All of them share the frozen weights of one base.
+The lower bound is the frozen model's forward and backward pass, to which an adapter can only add. All of them share
+the frozen weights of one base model.
 """
 
 import dataclasses
@@ -8,107 +9,100 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from minidoctor.batching import IGNORE, Batch, Example, collate
+from minidoctor.bench.options import SHAPES, BenchConfig
 from minidoctor.checkpoints.hugging_face import load_model
 from minidoctor.cli.device import choose_device, choose_dtype
-from minidoctor.config import AdapterConfig, ModelConfig, TrainConfig
+from minidoctor.config import AdapterConfig, TrainConfig
 from minidoctor.lora import LoRAExperts
 from minidoctor.losses import language_model_loss
-from minidoctor.model import Model, adapter_state, position_info
+from minidoctor.model import Model, adapter_state
 from minidoctor.ops.compiled import compile_blocks
-from minidoctor.ops.linear import linear
 from minidoctor.step import make_optimizer, make_queue, train_step
 
-CONTRAST = 0.03  # its weight: on in all that is timed unless it says otherwise
-# The config.json of https://huggingface.co/HuggingFaceTB/SmolLM2-135M, Qwen/Qwen3-0.6B and Qwen/Qwen3-4B
-SHAPES = {
-    "smollm2": ModelConfig(49152, 576, 30, 9, 3, 64, 1536, 8192, 1e-5, 1e5),
-    "qwen3-0.6b": ModelConfig(151936, 1024, 28, 16, 8, 128, 3072, 40960, 1e-6, 1e6, qk_norm=True),
-    "qwen3-4b": ModelConfig(151936, 2560, 36, 32, 8, 128, 9728, 40960, 1e-6, 1e6, qk_norm=True),
-}
+Step = Callable[[Batch], Any]
 
 
-def base_of(directory: str | None, shape: str, n_layers: int, device_name: str, dtype_name: str) -> Model:
-    """A checkpoint, or random weights of a shape: frozen."""
-    device = choose_device(device_name)
-    dtype = choose_dtype(dtype_name, device)
-    if directory:
-        return load_model(directory, dtype, device).requires_grad_(False)
+def make_base(config: BenchConfig, n_layers: int = 10) -> Model:
+    """Return the frozen model: a checkpoint, or random weights of a shape with --layers or else `n_layers` layers."""
+    device = choose_device(config.device)
+    dtype = choose_dtype(config.dtype, device)
+    if config.base:
+        return load_model(config.base, dtype, device).requires_grad_(False)
     torch.manual_seed(0)
-    with device:  # made where it shall be, for a large one would take minutes on the CPU
-        model = Model(dataclasses.replace(SHAPES[shape], n_layers=n_layers))
+    with device:  # created on the device, because drawing a large model on the CPU takes minutes
+        model = Model(dataclasses.replace(SHAPES[config.shape], n_layers=config.layers or n_layers))
     return model.to(dtype).requires_grad_(False).eval()
 
 
-def twin(base: Model, adapter: AdapterConfig | None = None, compiled: bool = False) -> Model:
-    """Another model on the frozen weights of `base`, which are not copied."""
+def share_weights(base: Model, adapter: AdapterConfig | None = None, compiled: bool = False) -> Model:
+    """Return a model with an untrained adapter on the frozen weights of `base`, which are not copied."""
     with torch.device("meta"):
         model = Model(base.config, adapter)
-    new = {name: tensor.to(base.lm_head.weight.device) for name, tensor in adapter_state(model).items()}
-    model.load_state_dict(base.state_dict() | new, assign=True)
-    for name, p in model.named_parameters():
-        p.requires_grad_(name in new)
+    trainable = {name: tensor.to(base.lm_head.weight.device) for name, tensor in adapter_state(model).items()}
+    model.load_state_dict(base.state_dict() | trainable, assign=True)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in trainable)
     if compiled:
         compile_blocks(model.model.layers)
     return model
 
 
-def our_step(base: Model, adapter: AdapterConfig, config: TrainConfig, looped: bool = False) -> Callable[[Batch], Any]:
-    model = twin(base, adapter, config.compile)
-    if looped:
+def make_step(base: Model, adapter: AdapterConfig, config: TrainConfig, loop: bool = False) -> Step:
+    """Return the training step of train.py, with wide LoRA experts or with a loop over experts."""
+    model = share_weights(base, adapter, config.compile)
+    if loop:
         loop_over_experts(model)
     optimizer, queue, steps = make_optimizer(model, config), make_queue(model, config), iter(range(2**31))
     return lambda batch: train_step(model, optimizer, queue, [batch], next(steps), config)
 
 
+def make_frozen_step(base: Model, compiled: bool = False) -> Step:
+    """Return the lower bound: forward and backward pass from the loss of the answers down to the embeddings."""
+    model = share_weights(base, compiled=compiled)
+    # A frozen model has no backward pass unless the output of its embedding requires a gradient.
+    model.model.embed_tokens.register_forward_hook(lambda module, inputs, output: output.requires_grad_())
+
+    def step(batch: Batch) -> None:
+        batch = batch.to(model.lm_head.weight.device)
+        hidden, _ = model.hidden(batch.tokens)  # (B, T, D)
+        language_model_loss(hidden, model.lm_head.weight, batch.targets, batch.answer_positions).backward()
+
+    return step
+
+
 class LoopExperts(LoRAExperts):
-    """The usual way: each expert gathers its tokens and adds its part. On a GPU the CPU waits for their number."""
+    """The usual implementation: each expert gathers its tokens. On a GPU the CPU has to read back how many."""
+
+    def __init__(self, layer: LoRAExperts):
+        nn.Module.__init__(self)
+        self.__dict__.update(layer.__dict__)  # the same parameters and sizes
 
     def forward(self, x: Tensor, gates: Tensor | None = None) -> Tensor:
         """(B, T, D_in) and gates (B, T, E) -> (B, T, D_out)."""
         assert gates is not None
         rows, weights = x.flatten(0, -2), gates.flatten(0, -2).to(x.dtype)  # (N, D_in), (N, E)
-        y = linear(rows, self.weight, self.bias)  # (N, D_out)
+        y = super(LoRAExperts, self).forward(rows)  # (N, D_out), the frozen layer
         experts = zip(self.lora_a.split(self.rank), self.lora_b.split(self.rank, dim=1), strict=True)
         for e, (a, b) in enumerate(experts):
-            mine = weights[:, e].nonzero().squeeze(-1)  # (n,)
-            part = rows[mine] @ a.to(x.dtype).T @ b.to(x.dtype).T  # (n, D_out)
-            y.index_add_(0, mine, self.scale * weights[mine, e, None] * part)
+            tokens = weights[:, e].nonzero().squeeze(-1)  # (n,)
+            update = rows[tokens] @ a.to(x.dtype).T @ b.to(x.dtype).T  # (n, D_out)
+            y.index_add_(0, tokens, self.scale * weights[tokens, e, None] * update)
         return y.unflatten(0, x.shape[:-1])  # (B, T, D_out)
 
 
 def loop_over_experts(model: Model) -> None:
-    adapter = model.adapter
-    assert adapter
+    """Replace every layer with experts by a loop over the same experts."""
     for module in list(model.modules()):
-        for name, layer in list(module.named_children()):
+        for name, layer in module.named_children():
             if isinstance(layer, LoRAExperts):
-                size = layer.in_features, layer.out_features, adapter.n_experts, adapter.rank, adapter.alpha
-                with torch.device("meta"):
-                    other = LoopExperts(*size, bias=layer.bias is not None)
-                for key, p in layer.named_parameters():
-                    setattr(other, key, p)
-                setattr(module, name, other)
+                setattr(module, name, LoopExperts(layer))
 
 
-def frozen_step(base: Model, batch: Batch) -> None:
-    """The floor: forward and backward of the frozen model, from the answers' loss down to the embeddings."""
-    device, model = base.lm_head.weight.device, base.model
-    batch = batch.to(device)
-    x = model.embed_tokens(batch.tokens).requires_grad_()  # (B, T, D)
-    positions = torch.arange(x.shape[1], device=device).expand_as(batch.tokens)  # (B, T)
-    info = position_info(base.config, positions, x.dtype, None)
-    hidden = x
-    for layer in model.layers:
-        hidden, _ = layer(hidden, info, None)
-    language_model_loss(model.norm(hidden), base.lm_head.weight, batch.targets, batch.answer_positions).backward()
-
-
-def drawn_batch(vocab_size: int, batch_size: int, seq_len: int) -> Batch:
-    """Random tokens, the first half of each row prompt."""
-    generator = torch.Generator().manual_seed(0)
+def random_batch(vocab_size: int, batch_size: int, seq_len: int) -> Batch:
+    """Return random tokens. The first half of each row is the prompt."""
+    generator, half = torch.Generator().manual_seed(0), seq_len // 2
     rows = torch.randint(vocab_size, (batch_size, seq_len + 1), generator=generator).tolist()
-    half = seq_len // 2
     return collate([Example(row[:-1], [IGNORE] * half + row[half + 1 :]) for row in rows])

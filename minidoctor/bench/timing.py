@@ -1,0 +1,47 @@
+"""Alternating measurement: every implementation runs once per round, and ratios are taken within a round.
+
+Shared machines slow down and recover within seconds, so times of two separate processes cannot be compared.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Ratio:
+    median: float
+    least: float
+    greatest: float
+
+
+Rounds = dict[str, list[float]]  # a value per round, by implementation
+Result = dict[str, float | str | dict[str, float] | Ratio | None]  # the values by their key in the output
+
+
+def ratio(a: list[float], b: list[float] | None) -> Ratio | None:
+    """Return a / b, divided round by round, or None without b: the baseline is not installed."""
+    quotients = [x / y for x, y in zip(a, b, strict=True)] if b else []
+    return Ratio(statistics.median(quotients), min(quotients), max(quotients)) if quotients else None
+
+
+def medians(rounds: Rounds) -> dict[str, float]:
+    return {name: statistics.median(values) for name, values in rounds.items()}
+
+
+def alternate(calls: Mapping[str, Callable[[], Any]], n_rounds: int, device: torch.device) -> Rounds:
+    """Return the seconds of each call in each round. One more round before these is the warm-up."""
+    seconds: Rounds = {name: [] for name in calls}
+    for round_number in range(n_rounds + 1):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            if device.type != "cpu":
+                torch.accelerator.synchronize(device)
+            if round_number:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds

@@ -1,0 +1,112 @@
+"""Training speed, next to peft, MixLoRA and the frozen model's forward and backward pass."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from minidoctor.batching import Batch, ShuffledBatches, collate
+from minidoctor.bench import baselines
+from minidoctor.bench.implementations import Step, make_base, make_frozen_step, make_step, random_batch
+from minidoctor.bench.options import FEED_FORWARD, BenchConfig
+from minidoctor.bench.timing import Result, alternate, medians, ratio
+from minidoctor.config import check
+from minidoctor.model import Model
+from minidoctor.questions.read import read_questions
+from minidoctor.text.tokenizer import encode_conversation, load_tokenizer
+
+N_BATCHES = 8  # of questions, per round
+N_PRODUCTS = 20  # large matrix products per round: their speed is the peak of MFU, model FLOPs utilization
+
+
+def bench_train(config: BenchConfig) -> Result:
+    """Time a training step of each implementation. README.md explains the keys of the result."""
+    base = make_base(config)
+    vocab_size, on_gpu = base.config.vocab_size, base.lm_head.weight.device.type == "cuda"
+    steps = training_steps(base, config)
+    batch = random_batch(vocab_size, config.batch_size, config.seq_len)
+    by_length, shuffled = question_batches(config) if config.data else ([batch], [batch])
+    batches = {name: shuffled if name in ("peft", "mixlora") else by_length for name in steps}
+    size = 4096 if on_gpu else 1024
+    a, b, c = torch.randn(3, size, size).to(base.lm_head.weight)
+    calls: dict[str, Callable[[], Any]] = {name: partial(run_steps, steps[name], batches[name]) for name in steps}
+    calls["products"] = lambda: [torch.mm(a, b, out=c) for _ in range(N_PRODUCTS)]
+    seconds = alternate(calls, config.rounds, base.lm_head.weight.device)
+    peak = [N_PRODUCTS * 2 * size**3 / s for s in seconds["products"]]  # operations per second
+    speed = {name: [n_tokens(batches[name], config) / s for s in seconds[name]] for name in steps}
+    # Counted for one row, because operations are proportional to the rows. Recomputed ones are not useful work.
+    once = make_step(base, config.experts, replace(config.train, recompute=False, compile=False))
+    n_operations = config.batch_size * count_operations(once, random_batch(vocab_size, 1, config.seq_len))
+    achieved = [n_operations / s for s in seconds["minidoctor"]]
+    ours, loop = speed["minidoctor"], speed["minidoctor, loop over experts"]
+    return {
+        "unit": "answer tokens per second" if config.data else "tokens per second",
+        "speed": medians(speed),
+        "ratio_to_peft": ratio(ours, speed.get("peft")),
+        "ratio_to_mixlora": ratio(ours, speed.get("mixlora")),
+        "of_lower_bound": ratio(ours, speed["frozen model"]),
+        "moe_over_lora": ratio(seconds["minidoctor"], seconds["minidoctor, plain LoRA"]),
+        "contrast_over_none": ratio(seconds["minidoctor"], seconds["minidoctor, no contrast"]),
+        "over_a_loop": ratio(speed.get("minidoctor, not compiled", ours), loop),
+        "compiled_over_not": ratio(ours, speed.get("minidoctor, not compiled")),
+        "matrix_tera_operations_per_second": medians({"peak": peak})["peak"] / 1e12,
+        "mfu": None if config.data else ratio(achieved, peak),
+    }
+
+
+def training_steps(base: Model, config: BenchConfig) -> dict[str, Step]:
+    """Return the training step of each implementation by name. All share the weights of `base`."""
+    experts, train = config.experts, config.train
+    lora, eager = replace(experts, n_experts=1, top_k=1), replace(train, compile=False)
+    steps = {
+        "minidoctor": make_step(base, experts, train),
+        "minidoctor, no contrast": make_step(base, experts, replace(train, contrast_weight=0.0)),
+        "minidoctor, plain LoRA": make_step(base, lora, train),
+        "minidoctor, loop over experts": make_step(base, experts, eager, loop=True),
+        "frozen model": make_frozen_step(base, config.compile),
+    }
+    if config.compile:
+        steps["minidoctor, not compiled"] = make_step(base, experts, eager)
+    if baselines.installed("transformers", "peft"):
+        steps["peft"] = baselines.make_step(*baselines.peft_lora(base, lora), train)
+    feed_forward_only = set(config.targets) <= set(FEED_FORWARD)  # MixLoRA has no experts in the attention
+    if baselines.installed("transformers", "mixlora") and feed_forward_only and not base.config.qk_norm:
+        steps["mixlora"] = baselines.make_step(*baselines.mixlora(base, experts), train)
+    return steps
+
+
+def run_steps(step: Step, batches: list[Batch]) -> None:
+    for batch in batches:
+        step(batch)
+
+
+def n_tokens(batches: list[Batch], config: BenchConfig) -> int:
+    """Return the answer tokens of questions, or all tokens of random batches."""
+    return sum(len(batch.answer_positions) if config.data else batch.tokens.numel() for batch in batches)
+
+
+def question_batches(config: BenchConfig) -> tuple[list[Batch], list[Batch]]:
+    """Return batches of a file's questions: by length, as train.py makes them, and shuffled, as the baselines do."""
+    check(bool(config.base), "--data needs the --base whose tokenizer encodes it")
+    tokenizer, rows, size = load_tokenizer(config.base), read_questions(config.data).rows, config.batch_size
+    examples = [encode_conversation(row.messages, tokenizer, config.seq_len) for row in rows]
+    n = N_BATCHES * size
+    check(len(examples) >= n, f"{config.data}: has {len(examples)} questions, expected {n}; lower --batch-size")
+    source = ShuffledBatches(examples, size, 1).starting_at(0)
+    order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(1)).tolist()
+    shuffled = [collate([examples[i] for i in order[k : k + size]]) for k in range(0, n, size)]
+    return [collate(next(source)) for _ in range(N_BATCHES)], shuffled
+
+
+def count_operations(step: Step, batch: Batch) -> int:
+    """Return the operations of the matrix products of a step. On a CPU, torch does not count those of attention."""
+
+    def addmm_flops(y: torch.Size, a: torch.Size, b: torch.Size, **_: Any) -> int:  # torch has no formula for addmm_
+        return 2 * a[0] * a[1] * b[1]
+
+    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: addmm_flops}) as counter:
+        step(batch)
+    return counter.get_total_flops()

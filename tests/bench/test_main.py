@@ -1,0 +1,111 @@
+import json
+from dataclasses import replace
+
+import pytest
+
+from minidoctor.bench import __main__ as bench
+from minidoctor.bench import baselines, implementations
+from minidoctor.bench.memory import CLEAR_PEAK
+from minidoctor.bench.options import SHAPES
+from minidoctor.config import ModelConfig
+
+TINY_SHAPE = ModelConfig(60, 16, 2, 2, 1, 8, 24, 64)
+TRAIN = ["train", "--layers", 2, "--seq-len", 16, "--batch-size", 2, "--rank", 2, "--rounds", 2]
+SAMPLE = ["sample", "--new-tokens", 3, "--rounds", 2]
+
+
+@pytest.fixture
+def tiny_shapes(monkeypatch):
+    monkeypatch.setitem(SHAPES, "smollm2", TINY_SHAPE)
+    monkeypatch.setitem(SHAPES, "qwen3-4b", replace(TINY_SHAPE, qk_norm=True))
+
+
+@pytest.fixture
+def run_bench(program):
+    def run_bench(*words):
+        code, out, err = program(bench.main, "bench", *words, "--device", "cpu", "--threads", "1")
+        assert code == 0, err
+        return json.loads(out) if "--json" in words else out
+
+    return run_bench
+
+
+def assert_ratios(result, *names):
+    for name in names:
+        assert 0 < result[name]["least"] <= result[name]["median"] <= result[name]["greatest"], name
+
+
+def test_train_prints_speeds_and_ratios_as_one_json_object(tiny_shapes, run_bench):
+    result = run_bench(*TRAIN, "--json")
+    assert_ratios(result, "of_lower_bound", "moe_over_lora", "contrast_over_none", "over_a_loop", "mfu")
+    assert (result["ratio_to_peft"] is not None) == baselines.installed("transformers", "peft")
+    assert (result["ratio_to_mixlora"] is not None) == baselines.installed("transformers", "mixlora")
+    assert result["compiled_over_not"] is None
+    assert result["config"]["seq_len"] == 16
+    assert result["mode"] == "train"
+
+
+def test_sample_prints_speeds_and_ratios_as_one_json_object(tiny_shapes, run_bench):
+    result = run_bench(*SAMPLE, "--json")
+    assert_ratios(result, "of_lower_bound", "batch_8_over_1")
+    assert (result["ratio_to_transformers"] is not None) == baselines.installed("transformers")
+    assert result["weights_gb"] > 0
+    assert result["bandwidth_gb_per_second"] == pytest.approx(result["lower_bound"] * result["weights_gb"])
+
+
+@pytest.mark.parametrize(("words", "n_models"), [(TRAIN, 4), (SAMPLE, 1)])  # contrast, none, plain LoRA, frozen
+def test_compile_times_compiled_next_to_eager_implementations(words, n_models, tiny_shapes, run_bench, monkeypatch):
+    compiled = []  # the effect of compilation is tested with the model
+    monkeypatch.setattr(implementations, "compile_blocks", compiled.append)
+    result = run_bench(*words, "--compile", "--json")
+    assert_ratios(result, "compiled_over_not")
+    assert len(compiled) == n_models
+
+
+def test_gpu_settings_run_in_bfloat16(tiny_shapes, run_bench):
+    settings = ["--shape", "qwen3-4b", "--dtype", "bfloat16", "--json"]
+    assert_ratios(run_bench(*TRAIN, *settings, "--recompute"), "mfu")
+    result = run_bench(*SAMPLE, *settings)
+    assert result["dtype"] == "torch.bfloat16"
+    # 2 bytes per element; with --layers the model is smaller
+    assert run_bench(*SAMPLE, *settings, "--layers", 1)["weights_gb"] < result["weights_gb"]
+
+
+def test_train_times_answer_tokens_of_questions(base_dir, rows_file, run_bench, program):
+    rows = [{"question": "gout?", "answer": "uric acid " * (1 + i % 5)} for i in range(32)]
+    words = ["train", "--data", rows_file(*rows), "--rank", 2, "--rounds", 1]
+    assert "unit: answer tokens per second\n" in run_bench(*words, "--base", base_dir)
+    code, _, err = program(bench.main, "bench", *words)
+    assert (code, "--base" in err) == (2, True)
+    code, _, err = program(bench.main, "bench", *words, "--base", base_dir, "--batch-size", 5)
+    assert (code, "--batch-size" in err) == (2, True)  # 8 batches of 5 questions need 40
+
+
+def test_load_prints_seconds(base_dir, run_bench):
+    result = run_bench("load", "--base", base_dir, "--rounds", 1, "--json")
+    assert result["seconds"].keys() == {"load", "first token"}
+
+
+@pytest.mark.skipif(not CLEAR_PEAK.exists(), reason="Linux only")
+def test_memory_reports_peaks_of_a_separate_process(base_dir, run_bench):
+    words = ["memory", "--base", base_dir, "--seq-len", 16, "--batch-size", 2, "--steps", 4, "--rank", 2, "--json"]
+    result = run_bench(*words)
+    assert 0.05 < result["peak_gib"]["minidoctor"] <= result["peak_gib_after_steps"]["minidoctor"] < 3
+    if baselines.installed("transformers", "peft"):
+        assert_ratios(result, "ratio_to_peft")
+
+
+@pytest.mark.parametrize(
+    ("words", "key"),
+    [
+        (["load"], "--base"),
+        (["sample", "--shape", "gpt2"], "smollm2"),
+        (["train", "--n-experts", "1"], "n_experts"),
+        (["train", "--rounds", "0"], "rounds"),
+        (["memory", "--steps", "2"], "steps"),
+        (["sample", "--base", "no\udce9where"], "no\\udce9where"),  # a file name that is not UTF-8
+    ],
+)
+def test_invalid_flags_end_in_one_line(words, key, program):
+    code, _, err = program(bench.main, "bench", *words)
+    assert (code, err.count("\n"), key in err) == (2, 1, True), err
