@@ -1,98 +1,134 @@
-"""TODO"""
+"""Summary of the runs: means over seeds and paired differences with 95 % confidence intervals, as Markdown tables.
+
+An interval is that of Student's t for the mean over seeds: of a measure, or of its difference to a baseline with the
+same seed. It describes other seeds, not other questions.
+"""
 
 import math
 import statistics
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import NamedTuple
 
-from minidoctor.study.run import BASELINE, STRONGER
+from minidoctor.config import UserError
+from minidoctor.files.json_files import read_object
+from minidoctor.study.run import RunResult
+from minidoctor.study.variants import BASELINE, LORA, STRONG_BALANCE
 
-# Two-sided 95 % points of Student's t for 1, 2, ... degrees of freedom; for more than these the last, a little wide
+# Two-sided 95 % quantiles of Student's t for 1, 2, ... degrees of freedom; beyond these the last, slightly too large
 T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120)
 
 
-def mean_of(values: list[float]) -> dict[str, Any]:
-    """The mean over seeds and its 95 % interval, None for a single seed."""
+@dataclass(frozen=True)
+class Estimate:
+    mean: float
+    interval: tuple[float, float] | None  # None for a single seed
+
+
+Estimates = dict[str, Estimate]  # by measure
+
+
+@dataclass(frozen=True)
+class Summary:
+    seeds: dict[str, int]
+    measures: dict[str, Estimates]  # by variant
+    differences: dict[str, dict[str, Estimates]]  # by baseline and variant
+
+
+class Column(NamedTuple):
+    title: str
+    unit: str
+    measure: str
+    digits: int
+
+
+FREE_FORM, LOSS = Column("free-form", "%", "free_form", 1), Column("loss", "nats", "nll", 3)
+QUALITY = (Column("all", "%", "accuracy", 1), FREE_FORM, Column("choice", "%", "multiple_choice", 1), LOSS)
+SIZE = Column("trainable parameters", "", "trainable_parameters", 0)
+UNDERUSED = Column("underused experts", "", "underused_experts", 1)
+ROUTING = (Column("entropy", "", "load_entropy", 2), UNDERUSED, Column("topic", "bits", "topic_bits", 3))
+COST = (Column("churn", "%", "routing_churn", 1), Column("step", "s", "step_seconds", 3))
+ALL = (SIZE, *QUALITY, *ROUTING, *COST, Column("peak", "GiB", "peak_memory_gib", 2))
+
+
+def read_runs(path: Path) -> list[RunResult]:
+    """Read the runs of an ablation.json."""
+    try:
+        return [RunResult(**run) for run in read_object(path)["runs"]]
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{path}: not a result of the current ablation ({error})") from None
+
+
+def estimate(values: list[float]) -> Estimate:
     mean = statistics.fmean(values)
     if len(values) < 2:
-        return {"mean": mean, "interval": None}
+        return Estimate(mean, None)
     half = T95[min(len(values) - 2, len(T95) - 1)] * statistics.stdev(values) / math.sqrt(len(values))
-    return {"mean": mean, "interval": [mean - half, mean + half]}
+    return Estimate(mean, (mean - half, mean + half))
 
 
-def summary_of(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Of each variant every measure; and against balance, stronger balance and plain LoRA the paired differences."""
-    names = list(dict.fromkeys(run["variant"] for run in runs))
-    by_seed = {name: {run["seed"]: run for run in runs if run["variant"] == name} for name in names}
-    measures: dict[str, Any] = {}
-    seeds_of = {name: len(by_seed[name]) for name in names}
-    for name in names:
-        first = next(iter(by_seed[name].values()))
-        keys = [key for key in first if key not in ("variant", "seed")]
-        measures[name] = {key: mean_of([run[key] for run in by_seed[name].values()]) for key in keys}
-    differences: dict[str, Any] = {}
-    for other in (BASELINE, STRONGER, "LoRA, same trained weights"):
-        for name in names:
-            seeds = sorted(by_seed[name].keys() & by_seed.get(other, {}).keys())
-            if name != other and seeds:
-                differences.setdefault(other, {})[name] = {
-                    key: mean_of([by_seed[name][seed][key] - by_seed[other][seed][key] for seed in seeds])
-                    for key in ("right", "open", "choice", "nll")
-                    if key in by_seed[name][seeds[0]]
-                }
-    return {"seeds": seeds_of, "measures": measures, "differences": differences}
+def summarize(runs: list[RunResult]) -> Summary:
+    """Return the estimates of every variant, and of its differences to each baseline over the seeds of both."""
+    by_seed: dict[str, dict[int, dict[str, float]]] = {}
+    for run in runs:
+        by_seed.setdefault(run.variant, {})[run.seed] = run.measures
+    measures = {
+        name: {key: estimate([run[key] for run in values.values()]) for key in next(iter(values.values()))}
+        for name, values in by_seed.items()
+    }
+    differences: dict[str, dict[str, Estimates]] = {}
+    for baseline, (name, values) in product((BASELINE, STRONG_BALANCE, LORA), by_seed.items()):
+        seeds = sorted(values.keys() & by_seed.get(baseline, {}).keys())
+        pairs = [(values[seed], by_seed[baseline][seed]) for seed in seeds]
+        if name != baseline and pairs:
+            keys = [column.measure for column in QUALITY if column.measure in pairs[0][0]]
+            estimates = {key: estimate([a[key] - b[key] for a, b in pairs]) for key in keys}
+            differences.setdefault(baseline, {})[name] = estimates
+    return Summary({name: len(values) for name, values in by_seed.items()}, measures, differences)
 
 
-def table(summary: dict[str, Any]) -> str:
-    """The summary for people: percentages with half the width of their interval, and differences in points."""
-
-    def percent(found: dict[str, Any] | None) -> str:
-        if not found:
-            return "-"
-        half = (found["interval"][1] - found["mean"]) * 100 if found["interval"] else None
-        return f"{100 * found['mean']:.1f}" + (f" ±{half:.1f}" if half is not None else "")
-
-    def number(found: dict[str, Any] | None, digits: int) -> str:
-        return "-" if not found else f"{found['mean']:.{digits}f}"
-
-    titles = ["right %", "open %", "choice %", "nll", "weights", "entropy", "starved", "topic bits", "moved %"]
-    lines = [f"{'':42}" + "".join(f"{title:>13}" for title in [*titles, "s/step", "GiB"])]
-    for name, of in summary["measures"].items():
-        cells = [percent(of.get(key)) for key in ("right", "open", "choice")]
-        cells += [number(of["nll"], 3), f"{of['trained_weights']['mean']:,.0f}", number(of.get("load_entropy"), 2)]
-        cells += [number(of.get("starved"), 1), number(of.get("topic_bits"), 3), percent(of.get("moved"))]
-        cells += [number(of["step_seconds"], 3), number(of["peak_memory_gib"], 2)]
-        lines.append(f"{name:42}" + "".join(f"{cell:>13}" for cell in cells))
-    for other, of_other in summary["differences"].items():
-        lines.append(f"\nless {other!r}, seed by seed, in points; nll in nats:")
-        for name, of in of_other.items():
-            cells = [*(percent(of.get(key)) for key in ("right", "open", "choice")), signed(of, "nll", 1, 3)]
-            lines.append(f"{name:42}" + "".join(f"{cell:>13}" for cell in cells[:3]) + f"{cells[3]:>28}")
-    return "\n".join(lines)
-
-
-def signed(of: dict[str, Any] | None, key: str, scale: int, digits: int) -> str:
-    """A difference, and its interval in brackets."""
-    if not of or key not in of:
+def format_estimate(value: Estimate | None, column: Column, signed: bool) -> str:
+    """Format a mean with half the width of its interval, or a difference with both bounds."""
+    if value is None:
         return ""
-    bounds = " to ".join(f"{scale * bound:+.{digits}f}" for bound in of[key]["interval"] or ())
-    return f"{scale * of[key]['mean']:+.{digits}f}" + (f" ({bounds})" if bounds else "")
+    scale, digits = 100 if column.unit == "%" else 1, column.digits
+    text = f"{scale * value.mean:{'+' if signed else ','}.{digits}f}"
+    low, high = (scale * bound for bound in value.interval or (0, 0))
+    if signed and value.interval:
+        text += f" ({low:+.{digits}f} to {high:+.{digits}f})"
+    return text if signed or high == low else f"{text} ±{(high - low) / 2:.{digits}f}"
 
 
-def markdown(summary: dict[str, Any]) -> str:
-    """The README's table: means over seeds, and the differences seed by seed with their intervals."""
-    titles = ["variant", "seeds", "trained weights", "open, %", "loss, nats", "starved"]
-    titles += [f"open, less `{BASELINE}`, points", f"loss, less `{BASELINE}`"]
-    rows = [titles, ["---"] * len(titles)]
-    for name, of in summary["measures"].items():
-        less = summary["differences"].get(BASELINE, {}).get(name)
-        rows.append([
-            name,
-            str(summary["seeds"][name]),
-            f"{of['trained_weights']['mean']:,.0f}",
-            f"{100 * of['open']['mean']:.1f}" if "open" in of else "",
-            f"{of['nll']['mean']:.3f}",
-            f"{of['starved']['mean']:.1f}" if "starved" in of else "",
-            signed(less, "open", 100, 1),
-            signed(less, "nll", 1, 3),
-        ])  # fmt: skip
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+def markdown_table(
+    summary: Summary,
+    baseline: str = BASELINE,
+    columns: Sequence[Column] = (SIZE, FREE_FORM, LOSS, UNDERUSED),
+    differences: Sequence[Column] = (FREE_FORM, LOSS),
+) -> str:
+    """Return a row per variant: its number of seeds, means of `columns`, paired `differences` to the baseline."""
+    titles = ["variant", "seeds", *(", ".join(filter(None, (c.title, c.unit))) for c in columns)]
+    titles += [f"{c.title} minus `{baseline}`, {'points' if c.unit == '%' else c.unit}" for c in differences]
+    rows = [titles]
+    for name, measures in summary.measures.items():
+        difference = summary.differences.get(baseline, {}).get(name, {})
+        cells = [format_estimate(measures.get(c.measure), c, signed=False) for c in columns]
+        cells += [format_estimate(difference.get(c.measure), c, signed=True) for c in differences]
+        rows.append([name, str(summary.seeds[name]), *cells])
+    filled = [column for column in zip(*rows, strict=True) if any(column[1:])]
+    widths = [max(map(len, column)) for column in filled]
+    lines = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in zip(*filled, strict=True)]
+    lines.insert(1, ["-" * width for width in widths])
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def full_report(summary: Summary) -> str:
+    """Return a table of all measures, and one of the differences to each baseline."""
+    tables = [markdown_table(summary, columns=ALL, differences=())]
+    return "\n\n".join(tables + [markdown_table(summary, name, (), QUALITY) for name in summary.differences])
+
+
+def committed_table(file: str, baseline: str = BASELINE) -> str:
+    """Return the table of a file in results/. README.md contains it after `<!-- table: FILE minus "BASELINE" -->`."""
+    return markdown_table(summarize(read_runs(Path(__file__).parent / "results" / file)), baseline)

@@ -1,224 +1,97 @@
-"""One run of a study: a variant of the fine-tuning, a seed, and all that is measured of it.
+"""One run of the ablation: a variant, a seed, and its measures. README.md in this directory defines these."""
 
-open      answers to open questions that contain the fact (chance: 0)
-choice    multiple choice by the options' text (chance: a quarter)
-moved     share of tokens whose first expert changed in the last quarter of the training
-"""
-
-import dataclasses
 import math
 import statistics
 import time
-from typing import Any
+from collections import defaultdict
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
-from minidoctor.batching import IGNORE, Batch, Example, ShuffledBatches, collate, micro_batches
+from minidoctor.batching import IGNORE, Example, ShuffledBatches, collate, micro_batches
 from minidoctor.checkpoints.families import read_model_config
 from minidoctor.checkpoints.hugging_face import load_model
-from minidoctor.config import TARGETS, AdapterConfig, ModelConfig, TrainConfig, check, check_range, flag
-from minidoctor.evaluate.predictions import evaluate
+from minidoctor.config import check
+from minidoctor.evaluate.evaluation import evaluate
 from minidoctor.evaluate.protocol import EvalConfig
-from minidoctor.expert_queue import ExpertQueue
-from minidoctor.losses import contrastive_routing_loss, language_model_loss
-from minidoctor.model import Model, adapter_state, trainable_parameters
+from minidoctor.losses import language_model_loss
+from minidoctor.model import Model, trainable_parameters
 from minidoctor.picture.statistics import Top1, label_information, load_statistics, mean_cosine_similarity, top1_experts
-from minidoctor.questions.json_rows import read_rows
+from minidoctor.questions.read import read_rows
 from minidoctor.questions.rows import Row
-from minidoctor.router import Routing
-from minidoctor.step import Losses, compute_losses, gather_routing, make_optimizer, make_queue, train_step
-from minidoctor.text.tokenizer import encode_conversation, load_tokenizer
+from minidoctor.router import Router
+from minidoctor.step import compute_losses, make_optimizer, make_queue, train_step
+from minidoctor.study.losses import compute_losses_in_batch
+from minidoctor.study.variants import VARIANTS, AblationConfig, adapter_config, train_config
+from minidoctor.text.tokenizer import Tokenizer, encode_conversation, load_tokenizer
 from minidoctor.training.log import peak_memory_gib
 
 
-@dataclasses.dataclass(frozen=True)
-class StudyConfig:
-    """What all runs of a study have in common."""
+@dataclass(frozen=True)
+class RunResult:
+    """A run and its measures: those of the routing only with a router, accuracies only without --loss-only."""
 
-    base: str = flag("data/base", "checkpoint directory of the frozen base model")
-    data: str = flag("data/train.jsonl", "questions to learn from")
-    eval: str = flag("data/heldout.jsonl", "questions to evaluate on (data/dev.jsonl while choosing)")
-    steps: int = flag(100, "optimizer steps of a run")
-    batch_size: int = flag(32, "examples in a step")
-    max_seq_len: int = flag(256, "longest example in tokens")
-    eval_rows: int = flag(0, "evaluate on so many questions, evenly spaced in the file (0: all)")
-    loss_only: bool = flag(False, "measure the loss alone, write no answers: for long answers")
-    n_experts: int = flag(8, "LoRA experts of each adapted layer")
-    top_k: int = flag(2, "experts that serve one token")
-    rank: int = flag(2, "rank of one expert")
-    targets: tuple[str, ...] = flag(tuple(TARGETS), "linear layers that get experts")
-    # The rates are the best on data/dev.jsonl in tests/study_search.json and, for lower ones, in a search before it (of
-    # the same active weights 0.024 is as good). Of balance 0.3 is better there: hence "ten times".
-    lr: float = flag(8e-3, "peak learning rate of experts")
-    lora_lr: float = flag(6e-3, "peak learning rate of plain LoRA with the same trained weights")
-    active_lr: float = flag(1.6e-2, "peak learning rate of plain LoRA with the same active weights")
-    full_lr: float = flag(1e-3, "peak learning rate of full fine-tuning")
-    balance_weight: float = flag(0.03, "weight of the load-balance loss, where it is on")
-    queue_capacity: int = flag(64, "routing vectors remembered for each router and expert")
-
-    def __post_init__(self) -> None:
-        check_range(self, "steps", "batch_size", "n_experts", "top_k", "rank", "queue_capacity")
-        check_range(self, "max_seq_len", low=2)
-        check_range(self, "eval_rows", low=0)
-        check(self.top_k <= self.n_experts, f"top_k must be at most n_experts={self.n_experts}, got {self.top_k}")
+    variant: str
+    seed: int
+    measures: dict[str, float]
 
 
-@dataclasses.dataclass(frozen=True)
-class Variant:
-    experts: bool = True
-    rank_like: str = ""  # plain LoRA with as many weights as the experts have "trained" or "active"
-    router: bool = True  # trained; otherwise it stays as it was drawn
-    balance: float = 1.0  # times the study's weight of it
-    weight: float = 0.0  # of the contrast
-    temperature: float = 0.1
-    queue: bool = True
+def run_variant(name: str, seed: int, config: AblationConfig) -> RunResult:
+    """Fine-tune one variant with one seed and measure the result. Raises UserError if a loss is not finite.
 
-
-VARIANTS = {
-    "full fine-tuning": Variant(experts=False),
-    "LoRA, same trained weights": Variant(rank_like="trained"),
-    "LoRA, same active weights": Variant(rank_like="active"),
-    "LoRA-MoE, router as drawn": Variant(router=False, balance=0.0),
-    "LoRA-MoE": Variant(balance=0.0),
-    "+ balance": Variant(),
-    "+ balance, ten times": Variant(balance=10.0),
-    # Weight and temperature: the best of eight and more on the open questions of data/dev.jsonl (study_search.json).
-    "+ balance + contrast in the batch": Variant(weight=0.1, temperature=0.1, queue=False),
-    "+ balance + contrast with the queue": Variant(weight=0.3, temperature=0.3),
-}
-BASELINE, STRONGER = "+ balance", "+ balance, ten times"
-
-
-def adapter_of(variant: Variant, config: StudyConfig, base: ModelConfig) -> AdapterConfig | None:
-    """The alpha of each is twice its rank: an update is scaled alike whatever the rank."""
-    if not variant.experts:
-        return None
-    moe = AdapterConfig(config.n_experts, config.top_k, config.rank, 2.0 * config.rank, config.targets)
-    if not variant.rank_like:
-        return moe
-    rank = config.top_k * config.rank
-    if variant.rank_like == "trained":
-        with torch.device("meta"):
-            n_moe, n_one = (
-                sum(p.numel() for p in adapter_state(Model(base, adapter)).values())
-                for adapter in (moe, AdapterConfig(1, 1, 1, 2.0, config.targets))
-            )
-        rank = round(n_moe / n_one)
-    return AdapterConfig(1, 1, rank, 2.0 * rank, config.targets)
-
-
-def train_config(variant: Variant, config: StudyConfig, seed: int) -> TrainConfig:
-    rates = {"": config.lr, "trained": config.lora_lr, "active": config.active_lr}
-    return TrainConfig(
-        steps=config.steps,
-        batch_size=config.batch_size,
-        max_seq_len=config.max_seq_len,
-        lr=rates[variant.rank_like] if variant.experts else config.full_lr,
-        warmup=min(20, config.steps // 5),
-        balance_weight=config.balance_weight * variant.balance,
-        contrast_weight=variant.weight,
-        contrast_temperature=variant.temperature,
-        contrast_warmup=config.steps // 4,
-        queue_capacity=config.queue_capacity,
-        queue_share=min(8, config.queue_capacity),
-        seed=seed,
-    )
-
-
-def contrast_in_batch(batch: Batch, routings: list[Routing], anchors: Tensor, temperature: float) -> Tensor:
-    """The contrast without a memory: the anchors against all other answer tokens of the batch."""
-    anchors = anchors[: max(1, len(batch.answer_positions) // 2)]  # where there are few, half of them
-    z, gates, _ = gather_routing(routings, anchors)  # (L, n, Z), (L, n, E)
-    others, _, ids = gather_routing(
-        routings, batch.answer_positions[~torch.isin(batch.answer_positions, anchors)]
-    )  # (L, m, Z), (L, m)
-    n_layers, n, routing_dim = others.shape
-    ring = ExpertQueue(n_layers, gates.shape[-1], max(1, n), routing_dim)  # of this moment alone
-    if n:
-        ring.enqueue(others.detach(), ids, n)
-    return contrastive_routing_loss(z, gates, ring.keys, ring.filled(), temperature)
-
-
-def compute_losses_in_batch(
-    model: Model, batch: Batch, anchors: Tensor, queue: ExpertQueue | None, config: TrainConfig
-) -> Losses:
-    """Return the losses of a step whose contrast takes its keys from the batch instead of a queue."""
-    losses = compute_losses(model, batch, anchors, None, config)
-    contrast = contrast_in_batch(batch, losses.routings, anchors, config.contrast_temperature)
-    return losses._replace(terms=losses.terms | {"contrast": contrast})
-
-
-def rows_of(config: StudyConfig) -> list[Row]:
-    rows = read_rows(config.eval)
-    n = config.eval_rows or len(rows)
-    return [rows[i * len(rows) // n] for i in range(min(n, len(rows)))]
-
-
-def run_one(name: str, seed: int, config: StudyConfig) -> dict[str, Any]:
-    """One fine-tuning and all that is measured of it."""
+    Runs of the same seed see the same batches in the same order, and their experts start from the same values.
+    """
     variant = VARIANTS[name]
     torch.manual_seed(seed)
-    adapter = adapter_of(variant, config, read_model_config(config.base))
+    adapter = adapter_config(variant, config, read_model_config(config.base))
     model, tokenizer = load_model(config.base, adapter=adapter), load_tokenizer(config.base)
-    if not adapter:
+    if adapter is None:
         model.requires_grad_(True)
-    if not variant.router:
-        for key, p in model.named_parameters():
-            if ".router." in key:
-                p.requires_grad_(False)
-    train = train_config(variant, config, seed)
-    rows, tested = read_rows(config.data), rows_of(config)
-    examples = [encode_conversation(row.messages, tokenizer, config.max_seq_len) for row in rows]
-    learned = [example for example in examples if max(example.targets) != IGNORE]
-    batches = ShuffledBatches(learned, config.batch_size, seed).starting_at(0)
-    optimizer = make_optimizer(model, train)
-    in_batch = bool(variant.weight) and not variant.queue
-    losses = compute_losses_in_batch if in_batch else compute_losses
-    queue = None if in_batch else make_queue(model, train)
-    routed = adapter is not None and adapter.n_experts > 1
-    before: Top1 | None = None
-    seconds, peak = [], 0.0
+    routers = [module for module in model.modules() if isinstance(module, Router)]
+    for router in routers:
+        router.requires_grad_(variant.trainable_router)
+    train, rows = train_config(variant, config, seed), evaluation_rows(config)
+    examples = [e for e in encode(read_rows(config.data), tokenizer, config) if max(e.targets) != IGNORE]
+    batches = ShuffledBatches(examples, config.batch_size, seed).starting_at(0)
+    optimizer, in_batch = make_optimizer(model, train), variant.contrast == "batch"
+    queue, losses = (None, compute_losses_in_batch) if in_batch else (make_queue(model, train), compute_losses)
+    seconds, measures, before = [], {}, None
 
     model.train()
     for step in range(config.steps):
-        parts = micro_batches(next(batches), 1)
+        batch = micro_batches(next(batches), 1)
         start = time.perf_counter()
-        figures = train_step(model, optimizer, queue, parts, step, train, losses)
+        metrics = train_step(model, optimizer, queue, batch, step, train, losses)
         seconds.append(time.perf_counter() - start)
         if step + 1 == max(1, config.steps * 3 // 4):
-            peak = peak_memory_gib()  # before anything is evaluated
-            before = top1_experts(model, tokenizer, tested, config.max_seq_len) if routed else None
+            measures["peak_memory_gib"] = peak_memory_gib()  # before the first evaluation
+            before = top1_experts(model, tokenizer, rows, config.max_seq_len) if routers else None
     model.eval()
-    last = {key: loss.item() for key, loss in figures.losses.items()}
-    if not all(map(math.isfinite, last.values())):
-        raise FloatingPointError(f"{name}, seed {seed}: a loss is not finite: {last}")
-    if config.loss_only:
-        found = {
-            "nll": nll_of(model, [encode_conversation(row.messages, tokenizer, config.max_seq_len) for row in tested])
-        }
-    else:
-        ways = EvalConfig(score=("text", "loss"))
-        found = figures_of(evaluate(model, tokenizer, tested, show_progress=False, config=ways)["predictions"])
-    return {
-        "variant": name,
-        "seed": seed,
-        "trained_weights": sum(p.numel() for p in trainable_parameters(model).values()),
-        **found,
-        "train_loss": last["lm"],
-        "step_seconds": statistics.median(seconds),
-        "peak_memory_gib": peak,
-        **(
-            routing_of(model, tested, top1_experts(model, tokenizer, tested, config.max_seq_len), before)
-            if routed
-            else {}
-        ),
-    }
+    last = {key: loss.item() for key, loss in metrics.losses.items()}
+    check(all(map(math.isfinite, last.values())), f"{name}, seed {seed}: losses {last} are not finite; lower the --lr")
+    measures["trainable_parameters"] = sum(p.numel() for p in trainable_parameters(model).values())
+    measures["nll"] = mean_loss(model, encode(rows, tokenizer, config))
+    measures |= {"train_loss": last["lm"], "step_seconds": statistics.median(seconds)}
+    if not config.loss_only:
+        measures |= accuracies(model, tokenizer, rows)
+    if before:
+        measures |= routing_measures(model, rows, before, top1_experts(model, tokenizer, rows, config.max_seq_len))
+    return RunResult(name, seed, measures)
+
+
+def evaluation_rows(config: AblationConfig) -> list[Row]:
+    rows = read_rows(config.eval)
+    n = min(config.eval_rows or len(rows), len(rows))
+    return [rows[i * len(rows) // n] for i in range(n)]
+
+
+def encode(rows: list[Row], tokenizer: Tokenizer, config: AblationConfig) -> list[Example]:
+    return [encode_conversation(row.messages, tokenizer, config.max_seq_len) for row in rows]
 
 
 @torch.inference_mode()
-def nll_of(model: Model, examples: list[Example]) -> float:
-    """Nats per answer token."""
+def mean_loss(model: Model, examples: list[Example]) -> float:
+    """Return nats per answer token."""
     total, n_tokens = 0.0, 0
     for start in range(0, len(examples), 8):
         batch = collate(examples[start : start + 8])
@@ -228,35 +101,25 @@ def nll_of(model: Model, examples: list[Example]) -> float:
     return total / n_tokens
 
 
-def figures_of(predictions: list[dict[str, Any]]) -> dict[str, float]:
-    """Shares of right answers, of all questions, each kind and each language, and nats per answer token."""
-    groups: dict[str, list[bool]] = {}
-    for p in predictions:
-        kind = "choice" if p["n_options"] else "open"
-        for group in ("right", kind, p["language"], f"{kind}_{p['language']}"):
-            groups.setdefault(group, []).append(p["correct"])
-    n_tokens = sum(p["n_tokens"] for p in predictions)
-    return {
-        **{name: sum(marks) / len(marks) for name, marks in sorted(groups.items())},
-        "nll": sum(p["nll"] for p in predictions) / n_tokens,
-    }
+def accuracies(model: Model, tokenizer: Tokenizer, rows: list[Row]) -> dict[str, float]:
+    """Return the accuracy of all questions and of each kind, in all and per language."""
+    result = evaluate(model, tokenizer, rows, show_progress=False, config=EvalConfig(score=("text",)))
+    correct: dict[str, list[bool]] = defaultdict(list)
+    for row, prediction in zip(rows, result.predictions, strict=True):
+        kind = "multiple_choice" if row.options else "free_form"
+        for measure in ("accuracy", kind, f"accuracy_{row.language}", f"{kind}_{row.language}"):
+            correct[measure].append(bool(prediction.correct))
+    return {measure: statistics.fmean(values) for measure, values in sorted(correct.items())}
 
 
-def routing_of(model: Model, rows: list[Row], after: Top1, before: Top1 | None) -> dict[str, float]:
+def routing_measures(model: Model, rows: list[Row], before: Top1, after: Top1) -> dict[str, float]:
+    """Return the statistics of the routing at the end, and its changes since `before`."""
     assert model.adapter
     n_experts = model.adapter.n_experts
     load = load_statistics(after, n_experts)
-    topic = label_information(after, [row.topic for row in rows], n_experts)
-    language = label_information(after, [row.language for row in rows], n_experts)
-    moved = {"moved": (after.expert_ids != before.expert_ids).double().mean().item()} if before else {}
-    return {
-        "load_entropy": load["entropy"],
-        "starved": load["starved"],
-        "least_load": load["least"],
-        "topic_bits": topic["bits"],
-        "topic_bits_shuffled": topic["shuffled"],
-        "language_bits": language["bits"],
-        "language_bits_shuffled": language["shuffled"],
-        **moved,
-        "likeness": mean_cosine_similarity(model),
-    }
+    measures = {"load_entropy": load.entropy, "underused_experts": load.underused, "least_load": load.least}
+    for label in ("topic", "language"):
+        information = label_information(after, [getattr(row, label) for row in rows], n_experts)
+        measures |= {f"{label}_bits": information.bits, f"{label}_bits_shuffled": information.shuffled}
+    measures["routing_churn"] = (after.expert_ids != before.expert_ids).double().mean().item()
+    return measures | {"mean_cosine_similarity": mean_cosine_similarity(model)}

@@ -1,46 +1,63 @@
+from dataclasses import replace
+
+import pytest
 import torch
 
-from minidoctor.batching import Batch
-from minidoctor.router import Router
-from minidoctor.study.run import contrast_in_batch
+from minidoctor.model import adapter_state, trainable_parameters
+from minidoctor.study import run as study_run
+from minidoctor.study.run import run_variant
+from minidoctor.study.variants import BASELINE, QUEUE, VARIANTS
 
 
-def setting(n_rows=3, n_tokens=8, n_layers=2, n_experts=4):
-    """Routings of random inputs, and a batch whose second half of each row is answer."""
-    torch.manual_seed(0)
-    routings = [Router(6, n_experts, 2, 5)(torch.randn(n_rows, n_tokens, 6)) for _ in range(n_layers)]
-    tokens = torch.zeros(n_rows, n_tokens, dtype=torch.long)
-    places = torch.arange(n_rows * n_tokens).view(n_rows, n_tokens)
-    return routings, Batch(tokens, tokens, tokens == 0, places[:, n_tokens // 2 :].flatten())
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_variant_runs_and_is_measured(name, ablation_config):
+    measures = run_variant(name, 0, ablation_config).measures
+    assert 0 <= measures["accuracy"] <= 1
+    assert measures["accuracy"] == pytest.approx((measures["free_form"] + measures["multiple_choice"]) / 2)
+    assert measures["free_form"] == measures["free_form_en"]  # the multiple-choice questions are Chinese
+    assert measures["nll"] > 0
+    assert ("topic_bits" in measures) == (VARIANTS[name].method == "moe")
+    assert run_variant(name, 0, ablation_config).measures["nll"] == measures["nll"]
+    assert run_variant(name, 1, ablation_config).measures["nll"] != measures["nll"]
 
 
-def plain(routings, ids, others):
-    expected = []
-    for routing in routings:
-        z, gates = routing.z.flatten(0, 1), routing.gates.flatten(0, 1)
-        first = routing.expert_ids[..., 0].flatten()
-        for i in ids:
-            logs = torch.stack([z[i] @ z[j] / 0.1 for j in others]).log_softmax(0)
-            loss, mass = torch.tensor(0.0), 0.0
-            for e in range(4):
-                of_expert = [logs[k] for k, j in enumerate(others) if first[j] == e]
-                if of_expert:
-                    loss, mass = loss - gates[i, e] * torch.stack(of_expert).mean(), mass + gates[i, e].item()
-            expected.append(loss / mass if mass else torch.tensor(0.0))
-    return torch.stack(expected).mean()
+def test_variants_of_one_seed_share_batches_and_initial_experts(ablation_config, monkeypatch):
+    steps, train_step, weight = {BASELINE: [], QUEUE: []}, study_run.train_step, "model.layers.0.mlp.up_proj.lora_a"
+
+    def spy(model, optimizer, queue, batches, *others):
+        steps[QUEUE if queue else BASELINE].append((batches[0].tokens, adapter_state(model)[weight].clone()))
+        return train_step(model, optimizer, queue, batches, *others)
+
+    monkeypatch.setattr(study_run, "train_step", spy)
+    for name in steps:
+        run_variant(name, 1, ablation_config)
+    assert all(torch.equal(a, b) for (a, _), (b, _) in zip(*steps.values(), strict=True))
+    assert torch.equal(*(first for (_, first), *_ in steps.values()))
+    assert not torch.equal(*(last for *_, (_, last) in steps.values()))  # the contrast changes the experts
 
 
-def test_in_the_batch_each_anchor_meets_all_other_answer_tokens():
-    routings, batch = setting()
-    for n in (5, 12):  # of 12 answer tokens; where all are anchors, half of them are keys
-        anchors = batch.answer_positions[torch.randperm(12)][:n]
-        used = anchors[:6].tolist()
-        others = [i for i in batch.answer_positions.tolist() if i not in used]
-        found = contrast_in_batch(batch, routings, anchors, 0.1)
-        torch.testing.assert_close(found, plain(routings, used, others))
+def test_frozen_random_router_is_not_trainable(ablation_config, monkeypatch):
+    trainable, make_optimizer = [], study_run.make_optimizer
+
+    def spy(model, *others):
+        trainable.append(set(trainable_parameters(model)))
+        return make_optimizer(model, *others)
+
+    monkeypatch.setattr(study_run, "make_optimizer", spy)
+    for name in ("LoRA-MoE, frozen random router", "LoRA-MoE"):
+        run_variant(name, 0, ablation_config)
+    frozen, trained = trainable
+    assert trained - frozen == {key for key in trained if ".router." in key} != set()
 
 
-def test_a_single_answer_token_has_nothing_to_meet():
-    routings, batch = setting()
-    one = batch._replace(answers=batch.answer_positions[:1])
-    assert contrast_in_batch(one, routings, one.answers, 0.1).item() == 0
+def test_loss_only_measures_the_same_loss_without_accuracies(ablation_config):
+    measures = run_variant(BASELINE, 0, ablation_config).measures
+    loss_only = run_variant(BASELINE, 0, replace(ablation_config, loss_only=True)).measures
+    assert loss_only["nll"] == measures["nll"]
+    assert not {"accuracy", "free_form", "multiple_choice"} & loss_only.keys()
+
+
+def test_evaluation_rows_are_evenly_spaced(ablation_config):
+    ids = [row.question for row in study_run.evaluation_rows(replace(ablation_config, eval_rows=3))]
+    assert ids == ["痛风 0？", "痛风 8？", "痛风 16？"]
+    assert len(study_run.evaluation_rows(replace(ablation_config, eval_rows=0))) == 24
