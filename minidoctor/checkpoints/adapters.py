@@ -17,9 +17,17 @@ import torch
 from torch import Tensor
 
 from minidoctor.checkpoints.families import read_model_config
-from minidoctor.checkpoints.hugging_face import checkpoint_hash, load_model
-from minidoctor.checkpoints.peft import WEIGHTS, from_peft_name, is_peft, read_peft_config
-from minidoctor.config import AdapterConfig, UserError, check
+from minidoctor.checkpoints.hugging_face import check_unwrapped, checkpoint_hash, load_model
+from minidoctor.checkpoints.peft import (
+    WEIGHTS,
+    check_peft_base,
+    from_peft_name,
+    is_peft,
+    read_peft_config,
+    read_peft_metadata,
+)
+from minidoctor.config import AdapterConfig, ModelConfig, UserError, check
+from minidoctor.files.hub_cache import follow_snapshot
 from minidoctor.files.json_files import from_json, read_object, write_json
 from minidoctor.files.safetensors import read_header, read_tensors
 from minidoctor.model import Model, adapter_state
@@ -59,8 +67,9 @@ def read_adapter_config(directory: Path, base: str | Path) -> AdapterConfig:
     try:
         adapter = from_json(AdapterConfig, content["adapter"])
         renamed = {"checkpoint_hash" if key == "fingerprint" else key: v for key, v in content["base"].items()}
-        trained_on = from_json(BaseDescription, renamed)  # "fingerprint" was the key in 2025
-        pairs = [(key, trained_on.model[key], value) for key, value in present.items()]
+        trained_on = from_json(BaseDescription, renamed)  # earlier versions wrote "fingerprint"
+        # Fields of ModelConfig that were added since have their defaults.
+        pairs = [(key, trained_on.model.get(key, getattr(ModelConfig, key, None)), v) for key, v in present.items()]
     except (KeyError, AttributeError, UserError) as error:
         raise UserError(f"{path}: not an adapter configuration ({error})") from None
     # The hash last: if the shapes differ too, they are what explains the rejection.
@@ -80,7 +89,7 @@ def load_adapted_model(
 
     Raises FileNotFoundError or UserError.
     """
-    directory = Path(directory)
+    directory, base = follow_snapshot(directory), follow_snapshot(base)
     if is_peft(directory):
         check_peft_base(directory, base)
         model = load_model(base, dtype, device, read_peft_config(directory))
@@ -89,14 +98,6 @@ def load_adapted_model(
         model = load_model(base, dtype, device, read_adapter_config(directory, base))
         load_into(adapter_state(model), directory / ADAPTER)
     return model
-
-
-def check_peft_base(directory: Path, base: str | Path) -> None:
-    """Raise UserError if an adapter that was exported here was trained on another base. Others have no hash."""
-    metadata = read_header(directory / WEIGHTS)[1]
-    present = checkpoint_hash(base)
-    trained_on = metadata.get("base_checkpoint_hash", metadata.get("base_fingerprint", present))
-    check(trained_on == present, f"{directory / WEIGHTS}: the adapter was trained on another model than {base}")
 
 
 def load_into(state: dict[str, Tensor], path: Path, rename: Callable[[str], str] | None = None) -> None:
@@ -109,6 +110,8 @@ def load_into(state: dict[str, Tensor], path: Path, rename: Callable[[str], str]
     repeated = [name for name, count in Counter(names.values()).items() if count > 1]
     check(not repeated, f"{path}: {', '.join(repeated[:1])} is stored under two names")
     different = set(names.values()) ^ set(state)
+    for name in sorted(different):
+        check_unwrapped(path, name)
     check(not different, f"{path}: {len(different)} tensors are missing or unexpected: {min(different, default='')}")
     for stored_name, name in names.items():
         dtype, shape = entries[stored_name].dtype, entries[stored_name].shape
@@ -134,7 +137,8 @@ def load(
     UserError, also for an unknown chat format, unless `chats` is False.
     """
     if adapter and chat_format == "auto":
-        chat_format = read_chat_format(Path(adapter))
+        chat_format = read_chat_format(adapter)
+    base = follow_snapshot(base)
     tokenizer = load_tokenizer(base, chat_format)
     check(not chats or tokenizer.format is not None, tokenizer.note)  # before gigabytes are read
     model = load_adapted_model(base, adapter, dtype, device) if adapter else load_model(base, dtype, device)
@@ -142,9 +146,10 @@ def load(
     return model, tokenizer
 
 
-def read_chat_format(adapter: Path) -> str:
+def read_chat_format(adapter: str | Path) -> str:
     """Return the chat format that an adapter was trained in, or "auto" if it is not stored."""
-    stored = read_header(adapter / WEIGHTS)[1] if is_peft(adapter) else read_object(adapter / CONFIG)
+    adapter = follow_snapshot(adapter)
+    stored = read_peft_metadata(adapter) if is_peft(adapter) else read_object(adapter / CONFIG)
     return str(stored.get("chat_format", "auto"))
 
 

@@ -12,6 +12,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from minidoctor.config import ModelConfig, RopeScaling, UserError, check
+from minidoctor.files.hub_cache import follow_snapshot
 from minidoctor.files.json_files import from_json, read_object
 
 # The fields of ModelConfig and RopeScaling and their keys in config.json.
@@ -75,7 +76,7 @@ def read_model_config(directory: str | Path) -> ModelConfig:
 
 def read_config(directory: Path) -> tuple[ModelConfig, Family]:
     """Read config.json and the family, which determines how the weights are stored. Raises as `read_model_config`."""
-    path = directory / "config.json"
+    path = follow_snapshot(directory) / "config.json"
     settings = read_object(path)
     try:
         family = find_family(settings)

@@ -4,8 +4,10 @@ A directory contains `config.json` and `model.safetensors`, or shards that `mode
 """
 
 import hashlib
+import os
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +16,7 @@ from torch import Tensor, nn
 
 from minidoctor.checkpoints.families import Family, config_settings, read_config
 from minidoctor.config import AdapterConfig, UserError, check
+from minidoctor.files.hub_cache import find_partial_download, follow_snapshot
 from minidoctor.files.json_files import read_object, write_json
 from minidoctor.files.safetensors import CODES, Entry, read_header, read_tensors, write_tensors
 from minidoctor.model import Model, adapter_state, is_adapter_name
@@ -28,17 +31,23 @@ class StoredTensor(NamedTuple):
 
 # For each stored tensor the names and shapes of the model's tensors whose rows it contains: itself, except W_pack.
 Layout = dict[str, dict[str, tuple[int, ...]]]
+# Parts that a wrapper of the saved model has added to the names.
+WRAPPERS = {"_orig_mod.": "torch.compile", "module.": "DistributedDataParallel or FSDP", "base_model.": "peft"}
+CHUNK = 2**22  # bytes that are compared at a time
 
 
 def checkpoint_files(directory: Path) -> list[Path]:
-    """Return the safetensors files of a directory. Raises FileNotFoundError or UserError."""
-    index, single = directory / "model.safetensors.index.json", directory / "model.safetensors"
+    """Return the safetensors files of a directory. Raises FileNotFoundError or UserError.
+
+    A single file is preferred to an index, as in transformers: shards next to it are left from an earlier save.
+    """
     if not directory.is_dir():
         raise FileNotFoundError(f"{directory}: no such directory")
-    if not index.is_file():
-        if not single.exists():
-            raise FileNotFoundError(f"{directory}: no {single.name} or {index.name} here{pickle_hint(directory)}")
-        return [single]
+    index, single = directory / "model.safetensors.index.json", directory / "model.safetensors"
+    if single.is_file() or (os.path.lexists(single) and not os.path.lexists(index)):
+        return [single]  # if it is a dangling symlink, reading reports it
+    if not os.path.lexists(index):
+        raise FileNotFoundError(f"{directory}: no {single.name} or {index.name} here{describe_weights(directory)}")
     names: Any = read_object(index).get("weight_map")
     mapping = isinstance(names, dict) and len(names) > 0 and all(isinstance(name, str) for name in names.values())
     check(mapping, f"{index}: weight_map must map tensor names to files")
@@ -48,10 +57,17 @@ def checkpoint_files(directory: Path) -> list[Path]:
     return [directory / name for name in sorted(set(names.values()))]
 
 
-def pickle_hint(directory: Path) -> str:
-    """Return a hint for a directory whose weights are in a format that is not read, or an empty string."""
+def describe_weights(directory: Path) -> str:
+    """Return a hint about the weights of a directory without safetensors, or an empty string."""
+    if partial := find_partial_download(directory):
+        return f"; the download of {partial} was interrupted, run it again"
     files = sorted(path.name for path in directory.iterdir() if path.suffix in (".bin", ".pth", ".pt", ".gguf"))
     return f", only {files[0]}: convert it to safetensors first (a pickled file can run code)" if files else ""
+
+
+def check_unwrapped(file: Path, name: str) -> None:
+    for part, wrapper in WRAPPERS.items():
+        check(part not in name, f"{file}: {name:.200} was saved from within {wrapper}; remove {part!r} from the names")
 
 
 def read_stored(directory: Path) -> dict[str, StoredTensor]:
@@ -59,6 +75,7 @@ def read_stored(directory: Path) -> dict[str, StoredTensor]:
     stored: dict[str, StoredTensor] = {}
     for file in checkpoint_files(directory):
         for name, entry in read_header(file)[0].items():
+            check_unwrapped(file, name)
             if name in stored:
                 raise UserError(f"{file}: {name} is also in {stored[name].file.name}")
             check(entry.dtype.is_floating_point, f"{file}: {name} is {CODES[entry.dtype]}, expected floating point")
@@ -77,9 +94,12 @@ def load_model(
     Raises FileNotFoundError or UserError for any content of the directory. No weight is allocated before all names,
     shapes and offsets are checked.
     """
-    directory = Path(directory)
+    directory = follow_snapshot(directory)
     config, family = read_config(directory)
     stored = read_stored(directory)
+    head, embedding = stored.get("lm_head.weight"), stored.get("model.embed_tokens.weight")
+    if config.tied and head and embedding and not equal_content(head, embedding):
+        config = replace(config, tied=False)  # as in transformers 5
     try:
         with torch.device("meta"):  # shapes without memory
             plain = Model(config)
@@ -104,6 +124,17 @@ def load_model(
     if config.tied:
         model.lm_head.weight = model.model.embed_tokens.weight
     return model.to(device).eval()
+
+
+def equal_content(first: StoredTensor, second: StoredTensor) -> bool:
+    """Compare two stored tensors bit by bit, without having either in memory."""
+    if first.entry[:2] != second.entry[:2]:  # dtype and shape
+        return False
+    with first.file.open("rb") as a, second.file.open("rb") as b:
+        a.seek(first.entry.begin)
+        b.seek(second.entry.begin)
+        sizes = [min(CHUNK, first.entry.end - start) for start in range(first.entry.begin, first.entry.end, CHUNK)]
+        return all(a.read(size) == b.read(size) for size in sizes)
 
 
 def stored_layout(model: Model, family: Family) -> Layout:
@@ -132,14 +163,15 @@ def check_names(directory: Path, stored: dict[str, StoredTensor], layout: Layout
 def save_model(model: Model, directory: str | Path, dtype: torch.dtype = torch.bfloat16, **extra: Any) -> None:
     """Write config.json, with the `extra` keys, and model.safetensors, without experts.
 
-    A Baichuan becomes a Llama: its q, k and v are written separately.
+    A Baichuan becomes a Llama: its q, k and v are written separately. Raises UserError as `check_finite`.
     """
     directory, config = Path(directory), model.config
-    directory.mkdir(parents=True, exist_ok=True)
     state = {name: tensor.to(dtype) for name, tensor in model.state_dict().items() if not is_adapter_name(name)}
     if config.tied:
         del state["lm_head.weight"]
     settings = config_settings(config) | {"torch_dtype": str(dtype).removeprefix("torch.")}
+    check_finite(state, directory)
+    directory.mkdir(parents=True, exist_ok=True)
     write_json(directory / "config.json", settings | extra)
     write_tensors(directory / "model.safetensors", state, {"format": "pt"})
 
@@ -151,7 +183,7 @@ def checkpoint_hash(directory: str | Path) -> str:
     loading it.
     """
     digest = hashlib.sha256()
-    for path in checkpoint_files(Path(directory)):
+    for path in checkpoint_files(follow_snapshot(directory)):
         entries, _ = read_header(path)
         with path.open("rb") as file:
             for name, entry in sorted(entries.items()):
@@ -169,3 +201,10 @@ def find_non_finite(model: nn.Module | Mapping[str, Tensor]) -> str | None:
         if tensor.numel() and not all(extreme.isfinite() for extreme in tensor.aminmax()):
             return name
     return None
+
+
+def check_finite(tensors: Mapping[str, Tensor], directory: Path) -> None:
+    """Raise UserError, before anything is written, if a tensor contains NaN or infinity, also from an overflow."""
+    if name := find_non_finite(tensors):
+        reason = f"{name} contains NaN or infinity in {tensors[name].dtype}"
+        raise UserError(f"{directory}: not written, {reason}; check base and adapter, or use --dtype float32")

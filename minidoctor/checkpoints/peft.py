@@ -7,16 +7,19 @@ An adapter with one expert consists of the same matrices under shorter names. A 
 of an expert depends on the token, so neither `peft` nor a merged weight can represent it.
 """
 
+import os
 import re
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from minidoctor.checkpoints.hugging_face import check_finite, checkpoint_hash, describe_weights
 from minidoctor.config import TARGETS, AdapterConfig, UserError, check
 from minidoctor.files.json_files import read_object, write_json
-from minidoctor.files.safetensors import write_tensors
+from minidoctor.files.safetensors import read_header, write_tensors
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # The settings that are read, and those without an effect on a trained adapter. Any other must be switched off.
@@ -67,6 +70,29 @@ def read_peft_config(directory: Path) -> AdapterConfig:
         raise UserError(f"{path}: {error}") from None
 
 
+def read_peft_metadata(directory: Path) -> dict[str, str]:
+    """Return the metadata of the weights, which `peft` ignores. Raises FileNotFoundError or UserError."""
+    if not os.path.lexists(directory / WEIGHTS):
+        raise FileNotFoundError(f"{directory}: no {WEIGHTS} here{describe_weights(directory)}")
+    return read_header(directory / WEIGHTS)[1]
+
+
+def check_peft_base(directory: Path, base: Path) -> None:
+    """Raise UserError if an adapter that was exported here was trained on another base.
+
+    An adapter of `peft` only has the name or the path of its base. If that differs, a note is printed.
+    """
+    metadata, name = read_peft_metadata(directory), read_object(directory / CONFIG).get("base_model_name_or_path")
+    if trained_on := metadata.get("base_checkpoint_hash", metadata.get("base_fingerprint")):
+        same = trained_on == checkpoint_hash(base)
+        check(same, f"{directory / WEIGHTS}: the adapter was trained on another model than {base}")
+    elif isinstance(name, str) and name:
+        path = base.resolve()
+        parts = path.as_posix().replace("--", "/").split("/")  # models--org--name in the hub's cache is org/name
+        if Path(name) != path and (Path(name).is_absolute() or Path(name).name not in parts):
+            print(f"note: {directory} was trained on {name:.200} and is loaded onto {base}", file=sys.stderr)
+
+
 def from_peft_name(name: str) -> str:
     """`"base_model.model.model.layers.0.mlp.up_proj.lora_A.weight"` -> `"model.layers.0.mlp.up_proj.lora_a"`."""
     name = re.sub(r"\.lora_([AB])\.weight$", lambda match: ".lora_" + match[1].lower(), name)
@@ -80,8 +106,12 @@ def to_peft_name(name: str) -> str:
 def write_peft(
     directory: Path, base: str, adapter: AdapterConfig, state: Mapping[str, Tensor], metadata: Mapping[str, str]
 ) -> None:
-    """Write a plain-LoRA adapter. `metadata` is stored with the weights, where `peft` ignores it."""
+    """Write a plain-LoRA adapter. `metadata` is stored with the weights, where `peft` ignores it.
+
+    Raises UserError as `check_finite`, and if the adapter has several experts.
+    """
     check_plain_lora(adapter, "the PEFT layout")
+    check_finite(state, directory)
     directory.mkdir(parents=True, exist_ok=True)
     settings: dict[str, Any] = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base}
     settings |= {"r": adapter.rank, "lora_alpha": adapter.alpha, "target_modules": list(adapter.targets)}

@@ -19,6 +19,7 @@ from minidoctor.cli.flags import add_model_flags
 from minidoctor.cli.main import run
 from minidoctor.config import check
 from minidoctor.export.merge import stored_dtype, write_merged
+from minidoctor.files.hub_cache import follow_snapshot
 from minidoctor.model import adapter_state
 
 
@@ -34,7 +35,7 @@ def main() -> None:
     help_text = "dtype of the merged weights: auto (that of the base), float32, bfloat16"
     parser.add_argument("--dtype", default="auto", help=help_text)
     flags = parser.parse_args()
-    base, adapter, dtype = flags.base, Path(flags.adapter), flags.dtype
+    base, adapter, dtype = follow_snapshot(flags.base), follow_snapshot(flags.adapter), flags.dtype
     out = Path(flags.merge if flags.peft is None else flags.peft)
     free = not out.exists() or (out.is_dir() and not any(out.iterdir()))
     check(free, f"{out}: exists already; choose a new or empty directory")
@@ -48,7 +49,7 @@ def main() -> None:
     else:
         assert model.adapter
         metadata = {"base_checkpoint_hash": checkpoint_hash(base), "chat_format": chat_format}
-        write_peft(out, str(Path(base).resolve()), model.adapter, adapter_state(model), metadata)
+        write_peft(out, str(base.resolve()), model.adapter, adapter_state(model), metadata)
     print(out)
     if chat_format != "auto":
         print(f"trained in chat format {chat_format}; if it is not recognized, use --chat-format {chat_format}")

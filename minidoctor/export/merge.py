@@ -26,23 +26,23 @@ def merge(model: Model) -> None:
             layer.lora_b.zero_()
 
 
-def stored_dtype(base: str) -> torch.dtype:
+def stored_dtype(base: Path) -> torch.dtype:
     """Return the dtype of most of the weights, by their size in bytes."""
     sizes: dict[torch.dtype, int] = {}
-    for _, entry in read_stored(Path(base)).values():
+    for _, entry in read_stored(base).values():
         sizes[entry.dtype] = sizes.get(entry.dtype, 0) + entry.end - entry.begin
     check(bool(sizes), f"{base}: its files contain no tensor")
     return max(sizes, key=sizes.__getitem__)
 
 
-def write_merged(base: str, model: Model, out: Path, dtype: torch.dtype) -> None:
+def write_merged(base: Path, model: Model, out: Path, dtype: torch.dtype) -> None:
     """Merge the adapter and write the checkpoint with the tokenizer and the token ids of the base."""
     merge(model)
-    token_ids = {k: value for k, value in read_object(Path(base) / "config.json").items() if k.endswith("_token_id")}
+    token_ids = {k: value for k, value in read_object(base / "config.json").items() if k.endswith("_token_id")}
     save_model(model, out, dtype, **token_ids)
     for name in COPIED:
-        if (Path(base) / name).is_file():
-            shutil.copyfile(Path(base) / name, out / name)
+        if (base / name).is_file():
+            shutil.copyfile(base / name, out / name)
     settings = read_object(out / "tokenizer_config.json") if (out / "tokenizer_config.json").is_file() else {}
     if "auto_map" in settings:  # names a Python file that is not copied, and that a SentencePiece model does not need
         write_json(out / "tokenizer_config.json", settings | {"tokenizer_class": "LlamaTokenizer", "auto_map": None})

@@ -108,11 +108,16 @@ def test_adapter_config_describes_base_and_adapter(base_dir, adapter_dir, adapte
 def test_adapter_config_of_an_earlier_version_loads(tmp_path, base_dir, copy, adapter, model):
     content = json.loads((copy / CONFIG).read_text())
     content["base"]["fingerprint"] = content["base"].pop("checkpoint_hash")
+    del content["base"]["model"]["alibi"]  # a field that was added later
     (copy / CONFIG).write_text(json.dumps(content))
     assert read_adapter_config(copy, base_dir) == adapter
     save_model(model, tmp_path / "rounded", dtype=torch.bfloat16)
     with pytest.raises(ValueError, match="checkpoint_hash"):
         read_adapter_config(copy, tmp_path / "rounded")
+    del content["base"]["model"]["dim"]
+    (copy / CONFIG).write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="dim None"):
+        read_adapter_config(copy, base_dir)
 
 
 @pytest.mark.parametrize(
@@ -218,6 +223,22 @@ def test_load_into_renames_and_converts_files_of_other_programs(tmp_path):
     write_tensors(path, {"theirs.a": stored, "a": stored})
     with pytest.raises(ValueError, match="a is stored under two names"):
         load_into(state, path, remove_prefix)
+
+
+def test_names_of_a_compiled_model_are_reported(base_dir, copy):
+    tensors = {f"_orig_mod.{name}": tensor for name, tensor in read_tensors(copy / ADAPTER)}
+    write_tensors(copy / ADAPTER, tensors)
+    with pytest.raises(ValueError, match=r"adapter\.safetensors: _orig_mod\..*torch\.compile"):
+        load_adapted_model(base_dir, copy)
+
+
+def test_cache_directories_of_base_and_adapter_are_followed(tmp_path, base_dir, adapter_dir, config):
+    base, adapter = tmp_path / "models--org--base", tmp_path / "models--org--adapter"
+    shutil.copytree(base_dir, base / "snapshots" / "0a1b")
+    shutil.copytree(adapter_dir, adapter / "snapshots" / "2c3d")
+    tokens = torch.randint(0, config.vocab_size, (1, 5))
+    logits = load(base, adapter)[0](tokens)[0]
+    assert torch.equal(logits, load(base_dir, adapter_dir)[0](tokens)[0])
 
 
 FIRST = "model.layers.0.mlp.down_proj.lora_a"  # (8, 48)

@@ -39,6 +39,14 @@ def test_allocations_count_the_weights_once(base_dir):
     assert allocations.n_bytes == sum(4 * tensor.numel() for tensor in state.values())
 
 
+def test_equal_output_layer_of_a_tied_model_is_not_allocated(tmp_path):
+    tensors = write_checkpoint(tmp_path, "llama", tie_word_embeddings=True)
+    change_tensors(tmp_path / "model.safetensors", lm_head__weight=tensors["model.embed_tokens.weight"])
+    with Allocations() as allocations:
+        load_model(tmp_path)
+    assert allocations.n_bytes == sum(4 * tensor.numel() for tensor in tensors.values())
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -46,6 +46,68 @@ def test_missing_shard_and_tensor_in_two_shards_are_named(base_copy):
         load_model(base_copy)
 
 
+@pytest.mark.parametrize("index", ["shards", "{", '{"weight_map": {"a": "../b"}}'])
+def test_single_file_is_preferred_to_a_leftover_index(base_dir, base_copy, index):
+    single = (base_copy / WEIGHTS).read_bytes()
+    change_tensors(base_copy / WEIGHTS, model__norm__weight=torch.full((32,), 2.0))
+    write_shards(base_copy)
+    shards = load_model(base_copy).state_dict()
+    if index != "shards":
+        (base_copy / INDEX).write_text(index)
+    (base_copy / WEIGHTS).write_bytes(single)
+    assert_loads(base_copy, load_model(base_dir).state_dict())
+    assert not torch.equal(load_model(base_copy).state_dict()["model.norm.weight"], shards["model.norm.weight"])
+    assert checkpoint_hash(base_copy) == checkpoint_hash(base_dir)
+
+
+def test_shards_are_used_next_to_a_single_file_that_is_a_dangling_symlink(base_dir, base_copy):
+    write_shards(base_copy)
+    (base_copy / WEIGHTS).symlink_to("nowhere")
+    assert_loads(base_copy, load_model(base_dir).state_dict())
+    (base_copy / INDEX).unlink()
+    with pytest.raises(FileNotFoundError, match=r"model\.safetensors: a symlink to nowhere"):
+        load_model(base_copy)
+
+
+@pytest.mark.parametrize("file", ["config.json", INDEX, "model-1.safetensors"])
+def test_dangling_symlink_instead_of_any_file_is_named(base_copy, file):
+    write_shards(base_copy)
+    (base_copy / file).unlink()
+    (base_copy / file).symlink_to("../blobs/0a1b")
+    with pytest.raises(FileNotFoundError, match=rf"{file}: a symlink to \.\./blobs/0a1b"):
+        load_model(base_copy)
+
+
+def test_interrupted_download_is_reported(base_copy):
+    (base_copy / WEIGHTS).unlink()
+    (base_copy / "pytorch_model.bin").touch()
+    (base_copy / ".cache" / "huggingface" / "download").mkdir(parents=True)
+    (base_copy / ".cache" / "huggingface" / "download" / "0a1b.incomplete").touch()
+    with pytest.raises(FileNotFoundError, match=r"model\.safetensors.* 0a1b\.incomplete"):
+        load_model(base_copy)
+
+
+def test_cache_directory_loads_the_snapshot_of_main(tmp_path, base_dir):
+    cache = tmp_path / "models--org--name"
+    shutil.copytree(base_dir, cache / "snapshots" / "0a1b")
+    shutil.copytree(base_dir, cache / "snapshots" / "2c3d")
+    change_tensors(cache / "snapshots" / "2c3d" / WEIGHTS, model__norm__weight=torch.zeros(32))
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text("0a1b")
+    assert_loads(cache, load_model(base_dir).state_dict())
+    assert read_model_config(cache) == read_model_config(base_dir)
+    assert checkpoint_hash(cache) == checkpoint_hash(base_dir)
+
+
+@pytest.mark.parametrize("part", ["_orig_mod.", "module.", "_fsdp_wrapped_module.", "base_model.model."])
+def test_names_of_a_wrapped_model_are_reported(base_copy, part):
+    tensors = dict(read_tensors(base_copy / WEIGHTS))
+    write_tensors(base_copy / WEIGHTS, {part + name: tensor for name, tensor in tensors.items()})
+    with pytest.raises(ValueError, match=r"torch\.compile|DistributedDataParallel|peft") as rejected:
+        load_model(base_copy)
+    assert part.split(".")[0].removeprefix("_fsdp_wrapped_") in str(rejected.value)
+
+
 @pytest.mark.parametrize(
     "name",
     [
@@ -99,6 +161,45 @@ def test_tied_model_loads_with_and_without_output_layer_in_the_file(base_dir, ba
         model = load_model(directory)
         assert model.lm_head.weight is model.model.embed_tokens.weight
         assert torch.equal(model.lm_head.weight, embedding)
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+def test_tied_model_with_another_output_layer_in_the_file_is_untied(base_dir, base_copy, config, stored, sharded):
+    head = dict(read_tensors(base_dir / WEIGHTS))["model.embed_tokens.weight"].to(stored)
+    head[-1, -1] += 1  # the last bytes of the tensor
+    change_tensors(base_copy / WEIGHTS, lm_head__weight=head)
+    expected = load_model(base_dir).state_dict() | {"lm_head.weight": head.float()}
+    if sharded:
+        write_shards(base_copy)
+    assert read_model_config(base_copy).tied
+    assert_loads(base_copy, expected)
+    untied = Model(replace(config, tied=False)).eval()
+    untied.load_state_dict(expected)
+    model, tokens = load_model(base_copy), torch.randint(0, config.vocab_size, (2, 9))
+    assert torch.equal(model(tokens)[0], untied(tokens)[0])
+    assert not torch.equal(model(tokens)[0], load_model(base_dir)(tokens)[0])
+
+
+def test_untied_model_is_saved_with_both_matrices(tmp_path, base_copy):
+    embedding = dict(read_tensors(base_copy / WEIGHTS))["model.embed_tokens.weight"]
+    change_tensors(base_copy / WEIGHTS, lm_head__weight=embedding * 2)
+    model = load_model(base_copy)
+    save_model(model, tmp_path / "saved", torch.float32)
+    assert not read_model_config(tmp_path / "saved").tied
+    assert_loads(tmp_path / "saved", model.state_dict())
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("factor", [1, -1])
+def test_output_layer_of_a_tied_model_is_treated_as_in_transformers(base_copy, config, factor):
+    transformers = pytest.importorskip("transformers")
+    embedding = dict(read_tensors(base_copy / WEIGHTS))["model.embed_tokens.weight"]
+    change_tensors(base_copy / WEIGHTS, lm_head__weight=embedding * factor)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(base_copy, dtype=torch.float32).eval()
+    tokens = torch.randint(0, config.vocab_size, (2, 9))
+    with torch.no_grad():
+        torch.testing.assert_close(load_model(base_copy)(tokens)[0], theirs(tokens).logits, atol=1e-5, rtol=1e-5)
 
 
 def test_untied_model_has_two_matrices_and_needs_both(tmp_path, config):
@@ -313,3 +414,12 @@ def test_find_non_finite_names_the_first_such_tensor(base_dir, dtype, value):
         assert find_non_finite(model) == "model.norm.weight"
         model.model.layers[1].mlp.up_proj.weight[2, 5] = value
     assert find_non_finite(model) == "model.layers.1.mlp.up_proj.weight"
+
+
+def test_non_finite_model_is_not_saved(tmp_path, model):
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[0, 0] = 1e30  # finite in float32 and bfloat16 only
+    save_model(model, tmp_path / "bfloat16", torch.bfloat16)
+    with pytest.raises(ValueError, match=r"layers\.0\.mlp\.up_proj\.weight.*float16"):
+        save_model(model, tmp_path / "float16", torch.float16)
+    assert not (tmp_path / "float16").exists()

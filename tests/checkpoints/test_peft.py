@@ -1,5 +1,6 @@
 import json
 import random
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -8,7 +9,7 @@ from tiny_checkpoints import ABSENT, change_json, change_tensors, randomize
 from torch import nn
 
 from minidoctor.checkpoints.adapters import ADAPTER, load, load_adapted_model, save_adapter_config
-from minidoctor.checkpoints.hugging_face import load_model, save_model
+from minidoctor.checkpoints.hugging_face import checkpoint_hash, load_model, save_model
 from minidoctor.checkpoints.peft import CONFIG, WEIGHTS, is_peft, read_peft_config, write_peft
 from minidoctor.config import AdapterConfig, ModelConfig
 from minidoctor.files.safetensors import read_tensors, write_tensors
@@ -266,6 +267,62 @@ def test_missing_file_is_named(base_dir, peft_dir):
         with pytest.raises(FileNotFoundError, match=name):
             load_adapted_model(base_dir, peft_dir)
         assert is_peft(peft_dir) == (name == WEIGHTS)
+
+
+def test_pickled_weights_get_a_hint(base_dir, peft_dir):
+    (peft_dir / WEIGHTS).rename(peft_dir / "adapter_model.bin")
+    with pytest.raises(FileNotFoundError, match=rf"{WEIGHTS}.* adapter_model\.bin: convert it"):
+        load_adapted_model(base_dir, peft_dir)
+    with pytest.raises(FileNotFoundError, match=r"adapter_model\.bin: convert it"):
+        load(base_dir, peft_dir)
+
+
+@pytest.mark.parametrize(
+    ("name", "noted"),
+    [
+        (None, False),
+        (5, False),
+        ("", False),
+        ("{base}", False),
+        ("org/name", False),
+        ("./name", False),
+        ("name", False),
+        ("org/another", True),
+        ("/elsewhere/name", True),
+        ("\0" * 5000, True),
+    ],
+    ids=lambda value: ascii(value)[:20],
+)
+def test_adapter_trained_on_another_directory_is_noted(tmp_path, capsys, base_dir, peft_dir, name, noted):
+    base = shutil.copytree(base_dir, tmp_path / "models--org--name" / "snapshots" / "0a1b")
+    stored = name.format(base=base) if isinstance(name, str) else name
+    change_json(peft_dir / CONFIG, base_model_name_or_path=stored)
+    for directory in (base, base.parent.parent):
+        load_adapted_model(directory, peft_dir)
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert (f"was trained on {str(stored)[:20]}" in err) == noted
+        assert bool(err) == noted
+
+
+def test_exported_adapter_is_checked_by_the_hash_of_its_base(tmp_path, capsys, base_dir, plain_dir):
+    model = load_adapted_model(base_dir, plain_dir)
+    for key in ("base_checkpoint_hash", "base_fingerprint"):  # the second was written by earlier versions
+        directory = tmp_path / key
+        write_peft(directory, "/elsewhere", PLAIN, adapter_state(model), {key: checkpoint_hash(base_dir)})
+        load_adapted_model(base_dir, directory)
+        assert capsys.readouterr().err == ""
+        write_peft(directory, str(base_dir), PLAIN, adapter_state(model), {key: "0a1b"})
+        with pytest.raises(ValueError, match="trained on another model"):
+            load_adapted_model(base_dir, directory)
+
+
+def test_non_finite_adapter_is_not_written(tmp_path, base_dir, plain_dir):
+    state = adapter_state(load_adapted_model(base_dir, plain_dir))
+    state["model.layers.1.mlp.up_proj.lora_b"][0, 0] = float("nan")
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.up_proj\.lora_b"):
+        write_peft(tmp_path / "out", str(base_dir), PLAIN, state, {})
+    assert not (tmp_path / "out").exists()
 
 
 def test_100_mutated_adapters_load_or_are_rejected(base_dir, peft_dir):

@@ -175,7 +175,7 @@ def test_dtype_flag_sets_the_dtype_of_the_merged_weights(call, tmp_path):
 def test_stored_dtype_is_that_of_most_weights(tmp_path, dtype):
     base = write_base(tmp_path / "base", "llama", dtype)
     change_tensors(base / "model.safetensors", model__norm__weight=torch.ones(32, dtype=torch.float64))
-    assert stored_dtype(str(base)) == dtype
+    assert stored_dtype(base) == dtype
 
 
 def test_tokenizer_files_are_copied_and_no_others(call, tmp_path, base_dir):
@@ -309,6 +309,60 @@ def test_base_without_a_tensor_is_rejected(call, tmp_path, base_dir, plain_dir):
     code, _, err = call("--base", base, "--adapter", plain_dir, "--merge", tmp_path / "out")
     assert code == 2
     assert str(base) in err
+
+
+@pytest.mark.parametrize("target", ["--peft", "--merge"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("source", ["base", "adapter"])
+def test_non_finite_weights_are_not_exported(call, tmp_path, base_dir, target, value, source):
+    base = shutil.copytree(base_dir, tmp_path / "base")
+    if source == "base":
+        change_tensors(base / "model.safetensors", model__norm__weight=torch.full((32,), value))
+    adapter = write_adapter(tmp_path / "adapter", base)
+    if source == "adapter":
+        change_tensors(adapter / ADAPTER, **{"model.layers.0.mlp.up_proj.lora_b": torch.full((48, 4), value)})
+    code, out, err = call("--base", base, "--adapter", adapter, target, tmp_path / "out")
+    if (source, target) == ("base", "--peft"):  # the base is not part of the output
+        assert code == 0
+        return
+    assert (code, out) == (2, "")
+    assert {"base": "model.norm.weight", "adapter": "model.layers.0.mlp.up_proj"}[source] in err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("stored", "largest", "flags"),
+    [(torch.float16, 6e4, []), (torch.float32, 3.4e38, ["--dtype", "bfloat16"]), (torch.bfloat16, 3e38, [])],
+    ids=["float16", "to bfloat16", "bfloat16"],
+)
+def test_overflow_of_a_merged_weight_is_reported(call, tmp_path, stored, largest, flags):
+    base = write_base(tmp_path / "base", "llama untied", stored)
+    name = "model.layers.1.self_attn.q_proj"
+    change_tensors(base / "model.safetensors", **{f"{name}.weight": torch.full((32, 32), largest).to(stored)})
+    adapter = write_adapter(tmp_path / "adapter", base)
+    update = {f"{name}.lora_a": torch.ones(4, 32), f"{name}.lora_b": torch.full((32, 4), largest / 6)}
+    change_tensors(adapter / ADAPTER, **update)
+    code, out, err = call("--base", base, "--adapter", adapter, "--merge", tmp_path / "out", *flags)
+    assert (code, out) == (2, "")
+    assert f"{name}.weight" in err
+    assert not (tmp_path / "out").exists()
+    assert call("--base", base, "--adapter", adapter, "--peft", tmp_path / "out")[0] == 0
+
+
+def test_cache_directory_of_the_base_is_exported_with_its_tokenizer(call, tmp_path, base_dir, plain_dir):
+    cache = tmp_path / "models--org--name"
+    shutil.copytree(base_dir, cache / "snapshots" / "0a1b")
+    assert call("--base", cache, "--adapter", plain_dir, "--merge", tmp_path / "out")[0] == 0
+    assert (tmp_path / "out" / "tokenizer.model").read_bytes() == (base_dir / "tokenizer.model").read_bytes()
+
+
+def test_merged_checkpoint_of_a_tied_base_with_another_output_layer_is_untied(call, tmp_path):
+    base = write_base(tmp_path / "base", "llama")
+    change_tensors(base / "model.safetensors", lm_head__weight=torch.randn(61, 32))
+    adapter = write_adapter(tmp_path / "adapter", base)
+    assert call("--base", base, "--adapter", adapter, "--merge", tmp_path / "out")[0] == 0
+    assert not read_model_config(tmp_path / "out").tied
+    assert_same_logits(load_model(tmp_path / "out"), load_adapted_model(base, adapter))
 
 
 # Compared with the packages themselves where they are installed: pip install peft transformers
