@@ -103,8 +103,10 @@ def answer_questions(
         check(len(prompt) < limit, f"{location}: {len(prompt)} tokens; the context of {limit} includes the answer")
     append(out, "")  # a path that cannot be written is reported before the first answer
     with tqdm(total=len(questions), initial=n_answered, desc="answering") as progress:
-        # An interrupted batch is generated again as a whole, because sampled answers depend on the batch.
-        for start in range(n_answered // batch_size * batch_size, len(questions), batch_size):
+        for start in range(0, len(questions), batch_size):
+            if min(start + batch_size, len(questions)) <= n_answered:
+                continue
+            # An interrupted batch is generated again as a whole, because sampled answers depend on the batch.
             batch = answer_batch(model, tokenizer, prompts[start : start + batch_size], config)
             for i, tokens in enumerate(batch, start=start):
                 if i < n_answered:

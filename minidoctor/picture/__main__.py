@@ -38,8 +38,9 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
             row = parse_json(line)
         except UserError as error:
             raise UserError(f"{path}:{number}: {error}") from None
-        numbers = isinstance(row, dict) and all(isinstance(row.get(key), (int, float)) for key in ("step", "loss"))
-        check(numbers, f'{path}:{number}: expected an object with numbers as "step" and "loss"')
+        check(isinstance(row, dict) and {"step", "loss"} <= set(row), f'{path}:{number}: no "step" and "loss"')
+        for name in {"step", "loss", "lm", "balance", "contrast"} & set(row):
+            check(isinstance(row[name], (int, float)), f"{path}:{number}: {name} is not a number: {row[name]!r:.40}")
         rows.append(row)
     check(bool(rows), f"{path}: no steps yet")
     return rows

@@ -9,9 +9,9 @@ from paths import SHARED
 
 import sample
 from minidoctor.ask import chat
-from minidoctor.checkpoints.hugging_face import load_model, save_model
 from minidoctor.cli.main import run
 from minidoctor.config import SampleConfig
+from minidoctor.files.safetensors import read_tensors, write_tensors
 from minidoctor.generate import generate
 from minidoctor.picture.terminal import question_start, routing_text
 from minidoctor.text.stream import printable
@@ -34,10 +34,9 @@ def fake_answer(monkeypatch, tokenizer):
 def nan_dir(tmp_path_factory, base_dir):
     """The base with NaN in one tensor of the second layer."""
     directory = shutil.copytree(base_dir, tmp_path_factory.mktemp("nan") / "base")
-    model = load_model(base_dir)
-    with torch.no_grad():
-        model.model.layers[1].mlp.up_proj.weight[3, 5] = torch.nan
-    save_model(model, directory, dtype=torch.float32)
+    tensors = dict(read_tensors(directory / "model.safetensors"))
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = torch.nan
+    write_tensors(directory / "model.safetensors", tensors)
     return directory
 
 
@@ -189,7 +188,7 @@ def test_answer_that_the_terminal_cannot_encode_is_escaped_and_not_lost(base_dir
 
 @pytest.fixture
 def routed(adapted, tokenizer):
-    """Return the adapter's answer to a prompt, and what is printed: the answer and the routing from `start`."""
+    """Return the adapter's answer to a prompt, and the output: the answer and the routing from `start`."""
 
     def routed(prompt, start, sublayer=3, colour=False):
         tokens = [step[0] for step in generate(adapted, [prompt], SampleConfig(max_new_tokens=8), tokenizer.eos_ids)]

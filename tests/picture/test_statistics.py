@@ -44,6 +44,13 @@ def test_top1_experts_need_a_router_and_an_answer(model, adapted, tokenizer):
         top1_experts(adapted, tokenizer, ROWS, max_seq_len=2)
 
 
+def test_top1_experts_need_finite_weights(adapted, tokenizer):
+    with torch.no_grad():
+        adapted.model.layers[0].mlp.down_proj.weight[0, 0] = torch.nan
+    with pytest.raises(UserError, match=r"model\.layers\.0\.mlp\.down_proj\.weight"):
+        top1_experts(adapted, tokenizer, ROWS)
+
+
 def test_joint_distribution_counts_tokens():
     question, labels = torch.randint(0, 5, (50,)), ["b", "a", "d", "a", "c"]
     top1 = Top1(torch.randint(0, 3, (2, 50)), question)
