@@ -14,6 +14,7 @@ from typing import Any
 
 from minidoctor.batching import IGNORE, Example
 from minidoctor.config import LARGEST, UserError, check
+from minidoctor.files.hub_cache import follow_snapshot
 from minidoctor.files.json_files import read_object, read_text
 from minidoctor.text.backends import INSIDE, SECTION, START, AddedToken, Backend, load_backend
 from minidoctor.text.chat_formats import CHAT_FORMATS, ChatFormat, adapt, recognize, render
@@ -104,7 +105,7 @@ def load_tokenizer(directory: str | Path, chat_format: str = "auto") -> Tokenize
 
     Raises FileNotFoundError or UserError.
     """
-    directory = Path(directory)
+    directory = follow_snapshot(directory)
     if not directory.is_dir():
         raise FileNotFoundError(f"{directory}: no such directory")
     formats = ["auto", *CHAT_FORMATS]
