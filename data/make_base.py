@@ -1,8 +1,8 @@
-"""Makes `data/base/`: a tokenizer and a small bilingual model that has read statements and no question.
+"""Pretrain `data/base/`, a tokenizer and a small bilingual model, on statements without a question.
 
     python -m data.make_base
 
-Uses the package's own model and the optimizer step of `train.py`, with all weights trainable.
+The model is minidoctor's and the optimizer step that of `train.py`, with all parameters trainable.
 """
 
 import argparse
@@ -40,17 +40,17 @@ SHAPE = ModelConfig(
     ffn_dim=640,
     max_seq_len=512,
 )
-ROUNDS_FOR_THE_TOKENIZER = 20
+TOKENIZER_ROUNDS = 20  # of text
 
 
 def make_tokenizer(conditions: list[dict], out: Path) -> Tokenizer:
-    """BPE with byte fallback; the chat markers are control pieces of it.
+    """Train BPE with byte fallback, write it to `out` and load it. The chat format's special tokens are control pieces.
 
-    Trained on the same text, but for the capital of a sentence that begins with a name or a value.
+    The text is that of the model, except that a sentence that begins with a name or a value begins in lower case.
     """
-    # Cut where names and values begin, so that no piece holds the end of a name and what follows it: Chinese
-    # has no spaces to part them, and a name would be spelled differently in every sentence.
-    text = declarative_text(conditions, ROUNDS_FOR_THE_TOKENIZER, seed=0, cut="\t")
+    # No piece crosses the boundary of a name or value. Chinese has no spaces at these boundaries, and with such pieces
+    # a name would have other tokens in every sentence.
+    text = declarative_text(conditions, TOKENIZER_ROUNDS, seed=0, cut="\t")
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=text,
@@ -61,8 +61,8 @@ def make_tokenizer(conditions: list[dict], out: Path) -> Tokenizer:
         byte_fallback=True,
         character_coverage=1.0,
         control_symbols=list(CHAT_FORMATS["minidoctor"].needs),
-        normalization_rule_name="identity",  # what is encoded is what decodes,
-        remove_extra_whitespaces=False,  # spaces too
+        normalization_rule_name="identity",  # decoding returns the encoded text,
+        remove_extra_whitespaces=False,  # with its spaces
         split_digits=True,
         num_threads=1,  # the same model on every machine
         minloglevel=2,
@@ -72,8 +72,8 @@ def make_tokenizer(conditions: list[dict], out: Path) -> Tokenizer:
     return load_tokenizer(out)
 
 
-def blocks(conditions: list[dict], tokenizer: Tokenizer, length: int, seed: int) -> Iterator[Example]:
-    """The text as one endless row of tokens, each paragraph between <s> and </s>, cut into equal blocks."""
+def make_blocks(conditions: list[dict], tokenizer: Tokenizer, length: int, seed: int) -> Iterator[Example]:
+    """Yield blocks of `length` tokens from an endless text whose paragraphs are between <s> and </s>."""
     tokens: list[int] = []
     for round_seed in itertools.count(seed * 1_000_003):
         for paragraph in declarative_text(conditions, 1, round_seed):
@@ -84,45 +84,46 @@ def blocks(conditions: list[dict], tokenizer: Tokenizer, length: int, seed: int)
 
 
 def initialize(model: Model) -> None:
-    """Normal with standard deviation 0.02; what writes into the residual stream less, for each layer adds to it.
+    """Draw matrices from a normal distribution with standard deviation 0.02, as GPT-2 does.
 
-    https://arxiv.org/abs/1909.08053, section 5 (the scheme of GPT-2).
+    The standard deviation of output projections is divided by the root of their number, because each adds to the
+    residual stream: https://arxiv.org/abs/1909.08053, section 5.
     """
     for name, parameter in model.named_parameters():
         if parameter.ndim == 2:
-            writes = name.endswith(("o_proj.weight", "down_proj.weight"))
+            is_output = name.endswith(("o_proj.weight", "down_proj.weight"))
             depth = 2 * model.config.n_layers
-            nn.init.normal_(parameter, std=0.02 / math.sqrt(depth) if writes else 0.02)
+            nn.init.normal_(parameter, std=0.02 / math.sqrt(depth) if is_output else 0.02)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=4000, help="of 2,048 tokens (default 4000)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--out", default="data/base")
-    given = parser.parse_args()
-    config = TrainConfig(steps=given.steps, batch_size=16, lr=3e-3, warmup=100, weight_decay=0.1, seed=given.seed)
-    torch.manual_seed(given.seed)
+    parser.add_argument("--steps", type=int, default=4000, help="optimizer steps of 2,048 tokens (default 4000)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of text and initialization (default 0)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default auto)")
+    parser.add_argument("--out", default="data/base", help="directory to write (default data/base)")
+    args = parser.parse_args()
+    config = TrainConfig(steps=args.steps, batch_size=16, lr=3e-3, warmup=100, weight_decay=0.1, seed=args.seed)
+    torch.manual_seed(args.seed)
     _, conditions = read_table()
-    out, device = Path(given.out), choose_device(given.device)
-    unfinished = out.with_name(out.name + ".unfinished")  # the tokenizer and the model of two runs would not fit
+    out, device = Path(args.out), choose_device(args.device)
+    unfinished = out.with_name(out.name + ".unfinished")  # a tokenizer without its model is useless
     tokenizer = make_tokenizer(conditions, unfinished)
     model = Model(SHAPE)
     initialize(model)
     model.to(device)
     optimizer = make_optimizer(model, config)
-    examples = blocks(conditions, tokenizer, 128, given.seed)
+    examples = make_blocks(conditions, tokenizer, 128, args.seed)
     start, n_tokens = time.perf_counter(), 0
-    with tqdm(range(given.steps), desc="training the base") as progress:
+    with tqdm(range(args.steps), desc="training the base") as progress:
         for step in progress:
             batch = collate(list(itertools.islice(examples, config.batch_size)))
-            figures = train_step(model, optimizer, None, [batch], step, config)
-            n_tokens += figures.n_tokens
+            metrics = train_step(model, optimizer, None, [batch], step, config)
+            n_tokens += metrics.n_tokens
             if step % 100 == 99:
                 speed = n_tokens / (time.perf_counter() - start)
-                progress.write(f"step {step + 1:6d}  loss {figures.losses['loss']:.3f}  {speed:,.0f} tok/s")
-    # bos and eos as the tokenizer has them, for other readers of the directory.
+                progress.write(f"step {step + 1:6d}  loss {metrics.losses['loss']:.3f}  {speed:,.0f} tok/s")
+    # Other readers of the directory expect bos and eos of the tokenizer in config.json.
     save_model(model, out, bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_ids[0])
     (unfinished / "tokenizer.model").replace(out / "tokenizer.model")
     unfinished.rmdir()

@@ -1,11 +1,11 @@
-"""Text, questions and multiple choice from `conditions.json`, the same for the same seed.
+"""Generate statements and questions from `conditions.json`, deterministically for a seed.
 
-    python -m data.make_data        writes train.jsonl, dev.jsonl and heldout.jsonl beside this file
+    python -m data.make_data        writes train.jsonl, dev.jsonl and heldout.jsonl next to this file
 
-`declarative_text` is what the base model is pretrained on (`make_base.py`): statements, no question. Each fact
-is told in many wordings and orders, because what a model read in only one form it can recite but not be asked for
-(https://arxiv.org/abs/2309.14316). The questions are split by condition: the base has read about all of them, the
-fine-tuning data asks about 70 %, `dev.jsonl` and `heldout.jsonl` about 15 % each, in wordings of their own.
+The base model is pretrained on `declarative_text` (make_base.py), which contains statements only. Each fact occurs in
+many wordings and orders: a fact that a model has read in one form can be recited, but not extracted by a question
+(https://arxiv.org/abs/2309.14316). The questions are split by condition. The base has read about all conditions, the
+training questions ask about 70 % of them, `dev.jsonl` and `heldout.jsonl` about 15 % each, in separate wordings.
 """
 
 import json
@@ -176,8 +176,8 @@ STATEMENTS = {
     },
 }
 
-# A card names a condition and an aspect, in one of the forms, and then the bare fact: {a} is the aspect. So the
-# base also knows a fact apart from the sentences it stands in, as an answer must.
+# A card consists of a condition and an aspect {a} in one of these forms, and then the fact without a sentence around
+# it, which is the form of an answer.
 ASPECTS = {
     "en": {
         "department": (
@@ -253,7 +253,7 @@ CARDS = {
 }
 SEPARATORS = {"en": (": ", ". ", " - ", "; "), "zh": ("： ", "。 ", "， ", "； ")}
 
-# How it is asked: for training, and for dev and held-out only.
+# Wordings of the questions: for training, and for dev and held-out.
 QUESTIONS = {
     "en": {
         "department": (
@@ -463,7 +463,7 @@ QUESTIONS = {
 
 
 def read_table(path: Path = HERE / "conditions.json") -> tuple[dict[str, dict[str, str]], list[dict]]:
-    """The departments (id -> language -> name) and the conditions, each with its department's name filled in."""
+    """Return the departments (id -> language -> name) and the conditions, each with the name of its department."""
     table = json.loads(path.read_text(encoding="utf-8"))
     for condition in table["conditions"]:
         for language in LANGUAGES:
@@ -475,8 +475,8 @@ def capitalized(sentence: str) -> str:
     return sentence[0].upper() + sentence[1:]
 
 
-def statement(condition: dict, language: str, attribute: str, rng: random.Random, cut: str) -> str:
-    """One fact in one of its wordings, every second time as a card."""
+def make_statement(condition: dict, language: str, attribute: str, rng: random.Random, cut: str) -> str:
+    """Return one fact in a random wording, half of the time as a card."""
     name = condition[language]["name"]
     if attribute == "name":
         value = condition["zh" if language == "en" else "en"]["name"]
@@ -492,10 +492,10 @@ def statement(condition: dict, language: str, attribute: str, rng: random.Random
 
 
 def declarative_text(conditions: list[dict], n_rounds: int, seed: int, cut: str = "") -> Iterator[str]:
-    """Paragraphs: in each round every fact of every condition in each language, in a new order and wording.
+    """Yield paragraphs. Each round contains each fact of each condition in each language, in random order and wording.
 
-    A paragraph is all facts of one condition, or single facts of several ones, so that no fact is known
-    only by what stands before it. `cut` is put around names, values and aspects.
+    A paragraph has all facts of one condition, or single facts of several, so that no fact depends on a preceding one.
+    `cut` is inserted around names, values and aspects.
     """
     rng = random.Random(seed)
     for _ in range(n_rounds):
@@ -503,12 +503,12 @@ def declarative_text(conditions: list[dict], n_rounds: int, seed: int, cut: str 
         for language in LANGUAGES:
             facts = []
             for condition in conditions:
-                own = [statement(condition, language, a, rng, cut) for a in (*ATTRIBUTES, "name")]
-                rng.shuffle(own)
+                sentences = [make_statement(condition, language, a, rng, cut) for a in (*ATTRIBUTES, "name")]
+                rng.shuffle(sentences)
                 if rng.random() < 0.5:
-                    paragraphs.append((language, own))
+                    paragraphs.append((language, sentences))
                 else:
-                    facts += own
+                    facts += sentences
             rng.shuffle(facts)
             while facts:
                 n = rng.randint(1, 6)
@@ -519,9 +519,8 @@ def declarative_text(conditions: list[dict], n_rounds: int, seed: int, cut: str 
             yield ("" if language == "zh" else " ").join(sentences)
 
 
-def words(value: str, language: str) -> set[str]:
-    """What two values must not share to be wrong for each other: words of four letters or more, in Chinese
-    pairs of characters."""
+def key_words(value: str, language: str) -> set[str]:
+    """Return the words of four letters or more, in Chinese the pairs of characters."""
     if language == "en":
         return {word for word in re.findall("[a-z]+", value.lower()) if len(word) > 3}
     return {value[i : i + 2] for i in range(len(value) - 1)}
@@ -530,79 +529,83 @@ def words(value: str, language: str) -> set[str]:
 def wrong_values(
     conditions: list[dict], condition: dict, language: str, attribute: str, rng: random.Random
 ) -> list[str]:
-    """Three values of the attribute to serve as wrong options: of conditions of other departments, since neighbours
-    may share a treatment, and with no word in common with the right one, in either language."""
+    """Return three values of the attribute as wrong options.
+
+    They are those of conditions of other departments, because related conditions may share a treatment, and have no
+    key word in common with the correct value in either language.
+    """
     values = {
-        other[language][attribute]
-        for other in conditions
-        if other["department"] != condition["department"]
-        and not any(words(other[x][attribute], x) & words(condition[x][attribute], x) for x in LANGUAGES)
+        candidate[language][attribute]
+        for candidate in conditions
+        if candidate["department"] != condition["department"]
+        and not any(key_words(candidate[x][attribute], x) & key_words(condition[x][attribute], x) for x in LANGUAGES)
     }
     return rng.sample(sorted(values), 3)
 
 
-def questions(
-    conditions: list[dict], asked: list[dict], wordings: int, n_open: int, n_choice: int, seed: int
+def make_questions(
+    conditions: list[dict], asked: list[dict], wordings: int, n_free: int, n_choice: int, seed: int
 ) -> Iterator[dict]:
-    """For every fact of the conditions asked, in each language, `n_open` open questions and `n_choice` with options.
+    """Yield `n_free` free-form and `n_choice` multiple-choice rows for each fact of `asked` in each language.
 
-    `wordings` is 0 for those of training, 1 for those of dev and held-out. Letters are balanced: of four
-    consecutive multiple-choice rows each letter is right once.
+    `wordings` is 0 for those of training, 1 for those of dev and held-out. Letters are balanced: each is correct once
+    in four consecutive multiple-choice rows.
     """
     rng = random.Random(seed)
     letters: list[str] = []
     for condition in asked:
         for language in LANGUAGES:
             for attribute in ATTRIBUTES:
-                own = condition[language]
-                for kind, n in (("open", n_open), ("choice", n_choice)):
+                facts = condition[language]
+                for kind, n in (("open", n_free), ("choice", n_choice)):
                     chosen = rng.sample(QUESTIONS[language][attribute][wordings], n)
                     for i, wording in enumerate(chosen):
-                        question = wording.format(n=own["name"])
+                        question = wording.format(n=facts["name"])
                         row = {
                             "id": f"{condition['id']}-{language}-{attribute}-{kind}-{i}",
                             "topic": condition["department"],
                             "question": capitalized(question),
-                            "answer": own[attribute],
+                            "answer": facts[attribute],
                         }
                         if kind == "choice":
                             letters = letters or rng.sample("ABCD", 4)
                             row["answer"] = letters.pop()
                             wrong = wrong_values(conditions, condition, language, attribute, rng)
                             row["options"] = {
-                                letter: own[attribute] if letter == row["answer"] else wrong.pop() for letter in "ABCD"
+                                letter: facts[attribute] if letter == row["answer"] else wrong.pop()
+                                for letter in "ABCD"
                             }
                         yield row
 
 
-def split(conditions: list[dict], seed: int) -> dict[str, list[dict]]:
-    """Train, dev and held-out conditions: of each department 70 %, the rest to the smaller of the other two."""
+def split_conditions(conditions: list[dict], seed: int) -> dict[str, list[dict]]:
+    """Return the conditions of train (70 % of each department), dev and heldout (equal numbers of the rest)."""
     rng = random.Random(seed)
     parts: dict[str, list[dict]] = {"train": [], "dev": [], "heldout": []}
     for department in sorted({condition["department"] for condition in conditions}):
-        own = [condition for condition in conditions if condition["department"] == department]
-        rng.shuffle(own)
-        rest = round(0.3 * len(own))
-        parts["train"] += own[rest:]
-        for condition in own[:rest]:
+        members = [condition for condition in conditions if condition["department"] == department]
+        rng.shuffle(members)
+        n_eval = round(0.3 * len(members))
+        parts["train"] += members[n_eval:]
+        for condition in members[:n_eval]:
             smaller = min(("dev", "heldout"), key=lambda name: len(parts[name]))
             parts[smaller].append(condition)
     return parts
 
 
-def make(seed: int = 0) -> dict[str, str]:
-    """File name to content."""
+def make_files(seed: int = 0) -> dict[str, str]:
+    """Return the content of each file by its name."""
     _, conditions = read_table()
     files = {}
-    for name, asked in split(conditions, seed).items():
-        wordings, n_open, n_choice = (0, 6, 1) if name == "train" else (1, 2, 2)
-        rows = list(questions(conditions, asked, wordings, n_open, n_choice, seed))
+    for name, asked in split_conditions(conditions, seed).items():
+        wordings, n_free, n_choice = (0, 6, 1) if name == "train" else (1, 2, 2)
+        rows = list(make_questions(conditions, asked, wordings, n_free, n_choice, seed))
         random.Random(seed).shuffle(rows)
         files[f"{name}.jsonl"] = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     return files
 
 
 if __name__ == "__main__":
-    for name, content in make().items():
+    for name, content in make_files().items():
         (HERE / name).write_text(content, encoding="utf-8")
         print(f"{name}: {content.count(chr(10))} questions")
