@@ -8,19 +8,22 @@ One training step is in minidoctor/step.py, the run around it in minidoctor/trai
 """
 
 import argparse
+from pathlib import Path
 
 from minidoctor.cli.flags import add_flags
 from minidoctor.cli.main import run
 from minidoctor.config import AdapterConfig, TrainConfig
-from minidoctor.training.run import start_or_resume, train
+from minidoctor.training.run import train
+from minidoctor.training.start import lock_directory, start_or_resume
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_flags(parser, TrainConfig)
     add_flags(parser, AdapterConfig)
-    config, adapter, state = start_or_resume(vars(parser.parse_args()))
-    train(config, adapter, state)
+    flags = vars(parser.parse_args())
+    with lock_directory(Path(flags.get("out", TrainConfig.out))):
+        train(start_or_resume(flags))
 
 
 if __name__ == "__main__":

@@ -1,86 +1,97 @@
-"""What a training run tells: metrics.jsonl, the line that people read, peak memory, and how it is asked to stop."""
+"""The log of a run: a row of metrics.jsonl per step, and a printed line every few steps."""
 
 import json
 import math
 import resource
-import signal
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
+from minidoctor.config import UserError
 from minidoctor.files.json_files import write_atomically
 from minidoctor.step import StepMetrics
 
+METRICS = "metrics.jsonl"
+
+
+class LogEntry(NamedTuple):
+    """Summary of the steps since the previous entry."""
+
+    line: str
+    expert_load: tuple[tuple[float, ...], ...]  # (L, E), mean over the steps
+
 
 class MetricsLog:
-    """`metrics.jsonl`, a row a step, and the line that people read.
-
-    Steps are kept as tensors until `flush`, so that logging does not hold up the GPU at every step.
-    """
+    """Collects the tensors of each step until `flush`, because reading them synchronizes the CPU with the GPU."""
 
     def __init__(self, out: Path, step: int):
-        self.path = out / "metrics.jsonl"
-        self.waiting: list[tuple[int, StepMetrics, float]] = []
-        # After a crash the file may be ahead of the saved state: those steps will be written again.
-        kept = self.path.read_bytes().splitlines(keepends=True)[:step] if step else []
-        write_atomically(self.path, *kept)
+        self.path = out / METRICS
+        self.pending: list[tuple[int, StepMetrics, float]] = []
+        lines = self.path.read_bytes().splitlines(keepends=True) if step and self.path.is_file() else []
+        # After a crash the file can be ahead of the saved state: those steps will be written again.
+        lines = [line for line in lines if 0 <= step_number(line) < step]
+        if len(lines) < step:
+            print(f"{self.path}: contains {len(lines)} of the {step} steps done so far")
+        write_atomically(self.path, *lines)
 
-    def add(self, step: int, figures: StepMetrics, seconds: float) -> None:
-        self.waiting.append((step, figures, seconds))
+    def add(self, step: int, metrics: StepMetrics, seconds: float) -> None:
+        self.pending.append((step, metrics, seconds))
 
-    def flush(self) -> tuple[str, list[list[float]]]:
-        """Writes what waits; returns the line of the last step and the mean expert load (L, E) since the last.
-
-        Raises FloatingPointError at the first step whose loss or gradient is not finite; those before it are written.
-        """
-        rows, failure = [], None
-        for step, figures, seconds in self.waiting:
-            row = {"step": step, **{name: loss.item() for name, loss in figures.losses.items()}}
-            row |= {"grad_norm": figures.grad_norm.item(), "lr": figures.lr}
-            row |= {"tokens": figures.n_tokens, "seconds": seconds}
-            if bad := [name for name, value in row.items() if not math.isfinite(value)]:
-                values = ", ".join(f"{name} {row[name]:.4g}" for name in figures.losses)
-                failure = f"step {step}: {', '.join(bad)} not finite ({values}); try a lower --lr"
+    def flush(self) -> LogEntry:
+        """Write the pending steps. Raises UserError at the first non-finite one, after writing those before it."""
+        rows, failure = [], ""
+        for step, metrics, seconds in self.pending:
+            row = {"step": step, **{name: loss.item() for name, loss in metrics.losses.items()}}
+            row |= {"grad_norm": metrics.grad_norm.item(), "lr": metrics.lr}
+            if metrics.queue_fill is not None:
+                row["queue_fill"] = metrics.queue_fill.item()
+            row |= {"tokens": metrics.n_tokens, "seconds": seconds}
+            if names := [name for name, value in row.items() if not math.isfinite(value)]:
+                values = ", ".join(f"{name} {row[name]:.4g}" for name in metrics.losses)
+                # The first step's loss and gradient precede every update.
+                advice = "try a lower --lr" if step else "--lr is not the cause, try --dtype float32"
+                failure = f"step {step}: {', '.join(names)} not finite ({values}); {advice}"
                 break
             rows.append(row)
         with self.path.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
         if failure:
-            raise FloatingPointError(failure)
-        load = torch.stack([figures.expert_load for _, figures, _ in self.waiting]).mean(0)
-        self.waiting.clear()
-        names = [name for name in ("loss", "lm", "balance", "contrast") if name in rows[-1]]
-        parts = [f"{name} {sum(row[name] for row in rows) / len(rows):.3f}" for name in names]
-        speed = sum(row["tokens"] for row in rows) / sum(row["seconds"] for row in rows)
-        parts += [f"lr {rows[-1]['lr']:.1e}", f"{speed:,.0f} tok/s", f"{peak_memory_gib():.2f} GiB"]
-        if load.numel():
-            parts.append(f"load {load.min():.0%}-{load.max():.0%} of {1 / load.shape[1]:.0%}")
-        return f"step {rows[-1]['step'] + 1:5d}  " + "  ".join(parts), load.tolist()
+            raise UserError(failure)
+        load = torch.stack([metrics.expert_load for _, metrics, _ in self.pending]).mean(0)  # (L, E)
+        self.pending.clear()
+        return LogEntry(format_line(rows, load), tuple(map(tuple, load.tolist())))
+
+
+def step_number(line: bytes) -> int:
+    """Return the step of a row of metrics.jsonl, or -1 for a line that a crash left incomplete."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return -1
+
+
+def format_line(rows: list[dict[str, float]], load: Tensor) -> str:
+    """Return mean losses, queue fill, speed, peak memory, and the range of the top-1 load (L, E) for people."""
+    last = rows[-1]
+    names = [name for name in ("loss", "lm", "balance", "contrast") if name in last]
+    parts = [f"step {last['step'] + 1:5d}"]
+    parts += [f"{name} {sum(row[name] for row in rows) / len(rows):.3f}" for name in names]
+    if "queue_fill" in last:
+        parts.append(f"queue {100 * last['queue_fill']:.0f} % full")
+    speed = sum(row["tokens"] for row in rows) / sum(row["seconds"] for row in rows)
+    parts += [f"lr {last['lr']:.1e}", f"{speed:,.0f} tok/s", f"{peak_memory_gib():.2f} GiB"]
+    if load.numel():
+        least, greatest = 100 * load.min().item(), 100 * load.max().item()
+        parts.append(f"top-1 load {least:.0f} % to {greatest:.0f} % (uniform {100 / load.shape[1]:.3g} %)")
+    return "  ".join(parts)
 
 
 def peak_memory_gib() -> float:
-    """The most memory this process has held: on the GPU if there is one, else in all."""
+    """Return the peak memory of this process: on the GPU if it was used, else in total."""
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
         return torch.cuda.max_memory_allocated() / 2**30
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**30 if sys.platform == "darwin" else 2**20)
-
-
-class Stop:
-    """Ctrl-C, or a polite kill, asks to stop after the running step; a second one stops at once."""
-
-    asked = False
-
-    def __enter__(self) -> "Stop":
-        self.before = {s: signal.signal(s, self.ask) for s in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def ask(self, number: int, frame: object) -> None:
-        if self.asked:
-            raise KeyboardInterrupt
-        self.asked = True

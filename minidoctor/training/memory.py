@@ -1,67 +1,75 @@
-"""How much memory a training step needs, said before it starts, and what to lower when it does not fit.
+"""An estimate of the memory of a training step, printed before the first one.
 
-    frozen weights    their own bytes
-    trained weights   16 bytes each: weight, gradient and AdamW's two moments in float32
-    activations       what the way back needs of each token, added up layer by layer below
-    logits            two pieces of fixed size, whatever the batch: ops/cross_entropy.py
-    contrast          the queue, and n_anchors * E * C similarities of each layer: fixed, too
+    frozen weights   their size in the dtype of the base
+    trainable        16 bytes per parameter: value, gradient and AdamW's two moments in float32
+    activations      the tensors saved for the backward pass, added up below for one block
+    logits           two chunks of fixed size, for every batch: ops/cross_entropy.py
+    contrast         the queue, and n_anchors * E * Q similarities per router: fixed, too
 
-An estimate: the allocator's own losses are not in it. `python -m minidoctor.bench memory` measures a step beside it.
+The allocator's overhead is not included. `python -m minidoctor.bench memory` measures a step.
 """
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 
+from minidoctor.batching import IGNORE, Example
 from minidoctor.config import TARGETS, TrainConfig
+from minidoctor.expert_queue import ExpertQueue
 from minidoctor.model import Model
 from minidoctor.ops.cross_entropy import CHUNK
 
 GIB = 2**30
 ADVICE = "lower --batch-size or --max-seq-len, raise --accumulate, or add --recompute"
-CONTRAST_COPIES = 6  # similarity, masked twice, exponentials, and gradients
+CONTRAST_COPIES = 6  # tensors of the similarities' size: themselves, two masked, exponentials, two gradients
 
 
 def activations_per_token(model: Model) -> tuple[int, int]:
-    """Numbers that a block keeps of one token for the way back, and those it holds for a moment on that way."""
+    """Return the elements that a block saves per token, and those that its backward pass allocates temporarily."""
     c, a = model.config, model.adapter
     targets = a.targets if a else ()
     wide = a.n_experts * a.rank if a else 0
     attention, mlp = (any(TARGETS[t] == sublayer for t in targets) for sublayer in ("self_attn", "mlp"))
     d_q, d_kv = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
-    kept = 2 * c.dim + 2 * d_q + 2 * d_kv + 3 * c.ffn_dim  # norms' inputs; q, k, v and output; gate, silu, up
-    kept += c.dim * (attention + mlp)  # what router and experts read
-    kept += d_q * ("o_proj" in targets) + c.ffn_dim * ("down_proj" in targets)
-    kept += 2 * wide * len(targets)  # A x, before and after the gates
-    return kept, 3 * c.ffn_dim
+    saved = 2 * c.dim + 2 * d_q + 2 * d_kv + 3 * c.ffn_dim  # norms' inputs; q, k, v and output; gate, silu, up
+    saved += c.dim * (attention + mlp)  # inputs of routers and experts
+    saved += d_q * ("o_proj" in targets) + c.ffn_dim * ("down_proj" in targets)
+    saved += 2 * wide * len(targets)  # A x, before and after the gates
+    return saved, 3 * c.ffn_dim
 
 
-def estimate(model: Model, config: TrainConfig, n_tokens: int, n_answers: int) -> dict[str, int]:
-    """Bytes of a step whose largest part has so many tokens, padding included, and answer tokens."""
-    c, a = model.config, model.adapter
-    size = model.lm_head.weight.element_size()
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    frozen = sum(p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad)
-    kept, passing = activations_per_token(model)
-    layers = c.n_layers * c.dim + kept if config.recompute else c.n_layers * kept
-    piece = min(n_answers, max(1, CHUNK // c.vocab_size)) * c.vocab_size
+def largest_micro_batch(examples: Sequence[Example], config: TrainConfig) -> tuple[int, int]:
+    """Return upper bounds of the tokens in a micro-batch, padding included, and of its answer tokens."""
+    size = math.ceil(min(config.batch_size, len(examples)) / config.accumulate)
+    n_answers = max(sum(target != IGNORE for target in example.targets) for example in examples)
+    return size * max(len(example.tokens) for example in examples), size * n_answers
+
+
+def estimate(
+    model: Model, queue: ExpertQueue | None, config: TrainConfig, n_tokens: int, n_answers: int
+) -> dict[str, int]:
+    """Return the bytes of a step, by use, for a micro-batch of n_tokens with n_answers answer tokens."""
+    c, size = model.config, model.lm_head.weight.element_size()
+    saved, temporary = activations_per_token(model)
+    layers = c.n_layers * c.dim + saved if config.recompute else c.n_layers * saved
+    chunk = min(n_answers, max(1, CHUNK // c.vocab_size)) * c.vocab_size
     contrast = 0
-    if a and a.n_experts > 1 and config.contrast_weight:
-        n_routers = sum(name.endswith("router.scale") for name, _ in model.named_parameters())
-        rings = n_routers * a.n_experts * config.queue_capacity
-        contrast = 4 * rings * (a.routing_dim + CONTRAST_COPIES * config.n_anchors)
+    if queue:
+        n_keys = queue.keys[..., 0].numel()
+        contrast = 4 * (queue.keys.numel() + n_keys * CONTRAST_COPIES * config.n_anchors)
     return {
-        "frozen weights": frozen,
-        "trained weights": 16 * trained,
-        "activations": n_tokens * size * (layers + passing),
-        "logits": 2 * 4 * piece + 2 * size * n_answers * c.dim,
+        "frozen weights": sum(p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad),
+        "trainable": 16 * sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "activations": n_tokens * size * (layers + temporary),
+        "logits": 2 * 4 * chunk + 2 * size * n_answers * c.dim,
         "contrast": contrast,
     }
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Bytes that can still be had; None where the system does not say."""
+    """Return the available bytes, or None if the system does not report them."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     meminfo = Path("/proc/meminfo")
@@ -71,16 +79,11 @@ def free_memory(device: torch.device) -> int | None:
     return int(line.split()[1]) * 1024 if line else None
 
 
-def in_words(needed: Mapping[str, int], free: int | None) -> str:
-    """The estimate in words, with the advice where it will not fit. The frozen weights are in memory already."""
-    parts = ", ".join(f"{name} {n / GIB:.2f}" for name, n in needed.items())
-    line = f"memory of a step: about {sum(needed.values()) / GIB:.2f} GiB ({parts})"
-    more = sum(needed.values()) - needed["frozen weights"]
-    if free is not None and more > free:
-        line += f"\nWARNING: {more / GIB:.2f} GiB more are needed and {free / GIB:.2f} are free: {ADVICE}"
+def format_estimate(needed: Mapping[str, int], free: int | None) -> str:
+    """Return the estimate as text, with advice if it exceeds the free memory. The frozen weights are loaded already."""
+    sizes = ", ".join(f"{name} {n / GIB:.2f}" for name, n in needed.items())
+    line = f"memory of a step: about {sum(needed.values()) / GIB:.2f} GiB ({sizes})"
+    missing = sum(needed.values()) - needed["frozen weights"]
+    if free is not None and missing > free:
+        line += f"\nWARNING: it needs {missing / GIB:.2f} GiB in addition and {free / GIB:.2f} are free: {ADVICE}"
     return line
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether this is the GPU's or the CPU's way of saying that there is no memory left."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)

@@ -1,226 +1,146 @@
-"""TODO"""
+"""A training run: load, evaluate, train, evaluate, report.
 
-import dataclasses
-import hashlib
+One training step is in minidoctor/step.py. Everything that must survive a crash is in state.py.
+"""
+
 import itertools
-import math
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from minidoctor.batching import IGNORE, Example, ShuffledBatches, micro_batches
-from minidoctor.checkpoints.adapters import check_vocabulary, save_adapter_config
-from minidoctor.checkpoints.hugging_face import load_model
+from minidoctor.batching import ShuffledBatches, micro_batches
+from minidoctor.checkpoints.adapters import CONFIG, check_vocabulary, save_adapter_config
+from minidoctor.checkpoints.hugging_face import checkpoint_hash, find_non_finite, load_model
 from minidoctor.cli.device import choose_device, choose_dtype
-from minidoctor.cli.flags import from_flags
-from minidoctor.config import AdapterConfig, TrainConfig, UserError
-from minidoctor.evaluate.predictions import evaluate
-from minidoctor.evaluate.protocol import EvalConfig
-from minidoctor.evaluate.summary import table
-from minidoctor.expert_queue import ExpertQueue
-from minidoctor.files.json_files import write_json
-from minidoctor.model import Model
+from minidoctor.cli.main import is_out_of_memory
+from minidoctor.config import UserError
+from minidoctor.files.safetensors import write_tensors
 from minidoctor.ops.compiled import compile_blocks
-from minidoctor.questions.exams import Questions, normalize_question, overlap, question_files, read_questions
-from minidoctor.questions.rows import Row, explained
 from minidoctor.step import make_optimizer, make_queue, train_step
-from minidoctor.text.tokenizer import Tokenizer, encode_conversation, load_tokenizer
-from minidoctor.training.log import MetricsLog, Stop, peak_memory_gib
-from minidoctor.training.memory import ADVICE, estimate, free_memory, in_words, out_of_memory
-from minidoctor.training.state import STATE, read_state, restore, save
-
-EVALUATION = EvalConfig(score=("auto", "loss"))
-
-
-def describe(
-    model: Model,
-    tokenizer: Tokenizer,
-    queue: ExpertQueue | None,
-    examples: list[Example],
-    config: TrainConfig,
-    state: dict[str, Any],
-) -> str:
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    total = sum(p.numel() for p in model.parameters())
-    lines = [
-        f"{config.base}: {total - trained:,} frozen weights, {trained:,} trained",
-        f"{config.base}: {tokenizer.note}",
-        f"{config.data}: {len(examples):,} examples, {config.steps * config.batch_size / len(examples):.1f} epochs",
-    ]
-    if queue:
-        kib = sum(buffer.numel() * buffer.element_size() for buffer in queue.buffers()) / 1024
-        lines.append(f"expert queue: {kib:,.0f} KiB, whatever the batch and the length")
-    if state["step"]:
-        lines.append(f"going on after step {state['step']}")
-    return "\n".join(lines)
+from minidoctor.text.tokenizer import Tokenizer, load_tokenizer
+from minidoctor.training.data import TrainingData, hash_files, load_data
+from minidoctor.training.log import MetricsLog
+from minidoctor.training.memory import estimate, format_estimate, free_memory, largest_micro_batch
+from minidoctor.training.report import evaluate_rows, write_report
+from minidoctor.training.start import check_inputs, resume_command
+from minidoctor.training.state import QUESTIONS, Components, RunState, restore, save
+from minidoctor.training.stop import StopSignal
 
 
-def start_or_resume(given: dict[str, Any]) -> tuple[TrainConfig, AdapterConfig, dict[str, Any]]:
-    """The configuration, and the run so far (empty for a new one). Raises FileNotFoundError or ValueError."""
-    if not given.get("resume"):
-        if given.get("n_experts") == 1:
-            given.setdefault("top_k", 1)  # plain LoRA: there is nothing to choose
-        config, adapter = from_flags(TrainConfig, given), from_flags(AdapterConfig, given)
-        if (Path(config.out) / STATE).exists():
-            raise UserError(
-                f"{config.out}: holds a run already; --resume goes on with it, another --out starts a new one"
-            )
-        return config, adapter, {}
-    out = given.get("out", TrainConfig.out)
-    state = read_state(Path(out))
-    lighter: dict[str, Any] = {name: given[name] for name in ("accumulate", "recompute") if name in given}
-    lighter["compile"] = given.get("compile", False)  # as the machine can, which may be another one
-    config, adapter = dataclasses.replace(state["config"], out=out, resume=True, **lighter), state["adapter"]
-    stored = dataclasses.asdict(config) | dataclasses.asdict(adapter)
-    for name, value in given.items():
-        if stored[name] != value:
-            raise UserError(f"--resume: {name} is {value}, the run in {out} was started with {stored[name]}")
-    return config, adapter, state
-
-
-def read_data(config: TrainConfig) -> tuple[list[Row], list[Row], int]:
-    """Questions to learn, questions to evaluate on, and how many of these are among the first as well.
-
-    Prints what had to be left out. Raises FileNotFoundError or ValueError.
-    """
-    learned = read_questions(config.data)
-    tested = read_questions(config.eval) if config.eval else Questions([], [])
-    for odd in (learned.odd, tested.odd):
-        print("".join(f"left out: {line}\n" for line in odd[:5]), end="")
-        if len(odd) > 5:
-            print(f"left out: {len(odd) - 5} more")
-    rows = [row for row in learned.rows if row.messages[-1]["role"] == "assistant"]
-    if len(rows) < len(learned.rows):
-        print(f"left out: {len(learned.rows) - len(rows)} questions of {config.data} that have no answer")
-    both = overlap(rows, tested.rows)
-    if both and config.leave_out_eval:
-        before = len(rows)
-        rows = [row for row in rows if normalize_question(row.question) not in both]
-        print(f"left out: {before - len(rows)} of {before} questions of {config.data} that stand in {config.eval} too")
-        both = set()
-    seen = sum(normalize_question(row.question) in both for row in tested.rows)
-    if seen:
-        print(
-            f"WARNING: {seen} of {len(tested.rows)} questions of {config.eval} stand in {config.data} too: the "
-            "accuracy on them shows memory, not knowledge; --leave-out-eval leaves them out of training"
-        )
-    if not rows:
-        raise UserError(f"{config.data}: no question to learn from is left")
-    return rows, tested.rows, seen
-
-
-def train(config: TrainConfig, adapter: AdapterConfig, state: dict[str, Any]) -> None:
-    """A run from its start, or from `state`, to its report."""
-    device, out = choose_device(config.device), Path(config.out)
-    torch.manual_seed(config.seed)  # of the experts' first values
+def train(state: RunState) -> None:
+    """Run from the first step, or from a saved state, to the report. Raises OSError, UserError and MemoryError."""
+    config = state.config
+    torch.manual_seed(config.seed)  # for the initial values of experts and routers
+    device = choose_device(config.device)
     tokenizer = load_tokenizer(config.base, config.chat_format)
     if not tokenizer.format:
         raise UserError(tokenizer.note)
-    model = load_model(config.base, choose_dtype(config.dtype, device), device, adapter)
+    model = load_model(config.base, choose_dtype(config.dtype, device), device, state.adapter)
     check_vocabulary(config.base, model, tokenizer)
-    rows, eval_rows, eval_seen = read_data(config)
-    conversations = [explained(row) if config.explain else row.messages for row in rows]
-    encoded = [encode_conversation(messages, tokenizer, config.max_seq_len) for messages in conversations]
-    examples = [example for example in encoded if max(example.targets) != IGNORE]
-    if len(examples) < len(encoded):
-        print(f"{len(encoded) - len(examples)} of {len(encoded)} examples left out: no answer before --max-seq-len")
-    if not examples:
-        raise UserError(f"{config.data}: no answer begins within max_seq_len={config.max_seq_len} tokens")
-    longest, context = max(len(example.tokens) for example in examples), model.config.max_seq_len
-    most_answers = max(sum(target != IGNORE for target in example.targets) for example in examples)
-    if longest > context:
-        raise UserError(f"{config.data}: an example has {longest} tokens, {config.base} reads {context}: --max-seq-len")
-    batches = ShuffledBatches(examples, config.batch_size, config.seed)
-    optimizer, queue = make_optimizer(model, config), make_queue(model, config)
-    digest = hashlib.sha256()
-    for path in filter(None, (config.data, config.eval)):
-        for file in question_files(Path(path)):
-            digest.update(hashlib.sha256(file.read_bytes()).digest())
-    if state:
-        restore(out, model, optimizer, queue, state, digest.hexdigest())
+    if tensor := find_non_finite(model):
+        raise UserError(f"{config.base}: {tensor} contains NaN or infinity; the checkpoint is damaged, get it again")
+    data = load_data(config, tokenizer, model.config.max_seq_len)
+    batches = ShuffledBatches(data.examples, config.batch_size, config.seed)
+    components = Components(model, make_optimizer(model, config), make_queue(model, config))
+    print(describe(components, tokenizer, data, batches, state))
+    prepare_output(components, tokenizer, data, state)
+    try:
+        if data.eval_rows and state.eval_before is None:
+            state.eval_before = evaluate_rows(model, tokenizer, data.eval_rows)
+            save(components, state)
+        if config.compile:  # after the evaluation: the compiler specializes blocks for the first shapes it sees
+            compile_blocks(model.model.layers)
+        if not fit(components, batches, state):
+            print(f"stopped and saved after step {state.step}; continue with: {resume_command(config.out)}")
+            return
+        write_report(model, state, evaluate_rows(model, tokenizer, data.eval_rows), data.eval_trained)
+    except KeyboardInterrupt:
+        print(f"interrupted; continue from the last save with: {resume_command(config.out)}")
+        raise
+
+
+def describe(
+    components: Components, tokenizer: Tokenizer, data: TrainingData, batches: ShuffledBatches, state: RunState
+) -> str:
+    """Return the lines printed before the first step."""
+    (model, _, queue), config, n = components, state.config, len(data.examples)
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    frozen = sum(p.numel() for p in model.parameters()) - trainable
+    size, epochs = min(config.batch_size, n), config.steps / batches.per_epoch
+    lines = [
+        f"{config.base}: {frozen:,} frozen and {trainable:,} trainable parameters",
+        f"{config.base}: {tokenizer.note}",
+        f"{config.data}: {n:,} examples in batches of {size}, {epochs:.1f} epochs",
+    ]
+    if queue:
+        kib = sum(buffer.nbytes for buffer in queue.buffers()) / 1024
+        lines.append(f"expert queue: {kib:,.0f} KiB, for every batch size and sequence length")
+    for flag, steps in {"--warmup": config.warmup, "--contrast-warmup": config.contrast_warmup if queue else 0}.items():
+        if steps > config.steps:
+            lines.append(f"note: {flag} {steps} is longer than the run: the full value is never reached")
+    if state.step:
+        lines.append(f"continuing after step {state.step}")
+    needed = estimate(model, queue, config, *largest_micro_batch(data.examples, config))
+    return "\n".join([*lines, format_estimate(needed, free_memory(model.lm_head.weight.device))])
+
+
+def prepare_output(components: Components, tokenizer: Tokenizer, data: TrainingData, state: RunState) -> None:
+    """Save a new run at step 0, or restore the saved tensors. Raises UserError if an input has changed."""
+    config, out = state.config, Path(state.config.out)
+    out.mkdir(parents=True, exist_ok=True)
+    hashes = {"base": checkpoint_hash(config.base)}
+    hashes |= {"data": hash_files(config.data), "eval": hash_files(config.eval)}
+    if state.input_hashes:
+        check_inputs(state, hashes)
+        restore(components, state)
     else:
-        save_adapter_config(out, config.base, adapter, str(tokenizer.chat_format))
-        state = {"step": 0, "seconds": 0.0, "tokens": 0, "load": [], "eval_before": None}
-        state |= {"config": config, "adapter": adapter, "data": digest.hexdigest()}
-        save(out, model, optimizer, queue, state)
-    print(describe(model, tokenizer, queue, examples, config, state))
-    in_a_part = math.ceil(config.batch_size / config.accumulate)
-    needed = estimate(model, config, in_a_part * longest, in_a_part * most_answers)
-    print(in_words(needed, free_memory(device)))
-    if eval_rows and state["eval_before"] is None:
-        before = evaluate(model, tokenizer, eval_rows, config=EVALUATION)["summary"]
-        save(out, model, optimizer, queue, state | {"eval_before": before})
-        state["eval_before"] = before
-
-    if config.compile:
-        compile_blocks(
-            model.model.layers
-        )  # not before: of a block only so many kinds are made, and the steps shall have theirs
-    if not fit(model, optimizer, queue, batches, config, state):
-        print(f"stopped and saved after step {state['step']}; go on with: python train.py --out {out} --resume")
-        return
-    eval_after = evaluate(model, tokenizer, eval_rows, config=EVALUATION)["summary"] if eval_rows else None
-    report = {
-        "eval_before": state["eval_before"],
-        "eval_after": eval_after,
-        "eval_seen": eval_seen,
-        "steps": state["step"],
-        "seconds": state["seconds"],
-        "tokens_per_second": state["tokens"] / state["seconds"],
-        "peak_memory_gib": peak_memory_gib(),
-        "trained_weights": sum(p.numel() for p in model.parameters() if p.requires_grad),
-        "expert_load": state["load"],
-        "config": dataclasses.asdict(config),
-        "adapter": dataclasses.asdict(adapter),
-    }
-    write_json(out / "report.json", report)
-    if state["eval_before"] and eval_after:
-        print(f"before\n{table(state['eval_before'])}\nafter\n{table(eval_after)}")
-    print(f"{out}/report.json   ask it: python sample.py --base {config.base} --adapter {out}")
+        state.input_hashes = hashes
+        save(components, state)
+    # A run can be killed between two files, so those that are missing are written by the resumed run.
+    if not state.step or not (out / CONFIG).exists():
+        save_adapter_config(out, config.base, state.adapter, str(tokenizer.chat_format))
+    if not state.step or not (out / QUESTIONS).exists():
+        write_tensors(out / QUESTIONS, {"hashes": data.question_hashes})
 
 
-def fit(
-    model: Model,
-    optimizer: torch.optim.Optimizer,
-    queue: ExpertQueue | None,
-    batches: ShuffledBatches,
-    config: TrainConfig,
-    state: dict[str, Any],
-) -> bool:
-    """Trains from `state["step"]` to the last step, logging and saving; False if it was asked to stop before."""
-    out, start = Path(config.out), time.perf_counter()
-    log, failure = MetricsLog(out, state["step"]), ""
+def fit(components: Components, batches: ShuffledBatches, state: RunState) -> bool:
+    """Train from `state.step` to the last step, log and save. Return False if a signal stopped it before."""
+    config, (model, optimizer, queue) = state.config, components
+    log, start = MetricsLog(Path(config.out), state.step), time.perf_counter()
     model.train()
-    with Stop() as stop, tqdm(total=config.steps, initial=state["step"], desc="training") as progress:
-        for examples in itertools.islice(batches.starting_at(state["step"]), config.steps - state["step"]):
+    with StopSignal() as stop, tqdm(total=config.steps, initial=state.step, desc="training") as progress:
+        for examples in itertools.islice(batches.starting_at(state.step), config.steps - state.step):
             try:
-                parts = micro_batches(examples, config.accumulate)
-                figures = train_step(model, optimizer, queue, parts, state["step"], config)
+                inputs = micro_batches(examples, config.accumulate)
+                metrics = train_step(model, optimizer, queue, inputs, state.step, config)
             except (RuntimeError, MemoryError) as error:
-                if not out_of_memory(error):
-                    raise
-                failure = str(error).splitlines()[0]
-                break
+                if is_out_of_memory(error):
+                    raise MemoryError(advise_on_memory(state, error)) from None
+                raise
             seconds, start = time.perf_counter() - start, time.perf_counter()
-            log.add(state["step"], figures, seconds)
-            state |= {"step": state["step"] + 1, "seconds": state["seconds"] + seconds}
-            state["tokens"] += figures.n_tokens
+            log.add(state.step, metrics, seconds)
+            state.step += 1
+            state.seconds += seconds
+            state.tokens += metrics.n_tokens
             progress.update()
-            last = state["step"] == config.steps or stop.asked
-            saving = last or state["step"] % config.save_every == 0
-            if saving or state["step"] % config.log_every == 0:
-                line, state["load"] = log.flush()  # before saving: no step is saved whose loss was not finite
-                progress.write(line)
-            if saving:
-                save(out, model, optimizer, queue, state)
-            if stop.asked:
+            stopping = stop.requested
+            saving = stopping or state.step == config.steps or state.step % config.save_every == 0
+            if saving or state.step % config.log_every == 0:
+                line, state.expert_load = log.flush()  # before saving: a step with a non-finite loss is not saved
+                if saving:
+                    save(components, state)
+                progress.write(line)  # after saving: the terminal may be closed
+            if stopping:
                 break
     model.eval()
-    if failure:
-        raise MemoryError(
-            f"out of memory in step {state['step']}; the run continues from its last save; {ADVICE} ({failure:.200})"
-        )
-    return state["step"] == config.steps
+    return state.step == config.steps
+
+
+def advise_on_memory(state: RunState, error: BaseException) -> str:
+    reason = next(iter(str(error).splitlines()), "")
+    return (
+        f"out of memory in step {state.step} ({reason:.200}); add --recompute or raise --accumulate and continue from "
+        f"the last save with: {resume_command(state.config.out)}; or lower --batch-size or --max-seq-len in a new run"
+    )

@@ -1,110 +1,106 @@
-"""Save and restore what was trained.
+"""Save and restore what a run has computed.
 
-    adapter_config.json      the experts' configuration, the base they belong to, the chat format; written first
-    adapter.safetensors      experts and routers
-    training_state.safetensors   the same, with optimizer, queue, step and run: all that `--resume` needs
+    adapter_config.json             configuration of the experts, hash of their base, chat format
+    adapter.safetensors             experts and routers
+    training_questions.safetensors  hashes of the questions that are learned, for evaluations of the adapter
+    training_state.safetensors      experts, routers, optimizer, queue and the run's record: all that --resume needs
 
-The training state is one file, renamed into place, so that a run killed at any moment finds weights, optimizer and
-queue of the same step. No random state is stored: what a step draws is a function of the seed and the step.
+The training state is one file that is renamed into place. A run that is killed at any moment therefore finds
+parameters, optimizer and queue of the same step. No random state is saved: the draws of a step are a function of the
+seed and the step.
 """
 
 import dataclasses
 import json
+import os
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from minidoctor.checkpoints.adapters import ADAPTER, load_into, read_adapter_config
+from minidoctor.checkpoints.adapters import ADAPTER, load_into
 from minidoctor.config import AdapterConfig, TrainConfig, UserError
+from minidoctor.evaluate.records import from_json
+from minidoctor.evaluate.summary import Summary
 from minidoctor.expert_queue import ExpertQueue
-from minidoctor.files.json_files import from_json
 from minidoctor.files.safetensors import read_header, write_tensors
 from minidoctor.model import Model, adapter_state, trainable_parameters
 
-STATE = "training_state.safetensors"
+STATE, QUESTIONS = "training_state.safetensors", "training_questions.safetensors"
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # AdamW's state of one parameter
 
 
-MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # of AdamW, per parameter
+@dataclass
+class RunState:
+    """The record of a run. It is stored as JSON in the metadata of the training state."""
+
+    config: TrainConfig
+    adapter: AdapterConfig
+    step: int = 0  # steps done
+    seconds: float = 0.0  # spent in them
+    tokens: int = 0  # processed in them, without padding
+    expert_load: tuple[tuple[float, ...], ...] = ()  # (L, E), mean over the steps of the last printed line
+    eval_before: Summary | None = None
+    input_hashes: dict[str, str] = field(default_factory=dict)  # of base, data and eval; empty before the first save
+    directory: str = field(default_factory=os.getcwd)  # of the program; relative paths of `config` belong to it
 
 
-def training_tensors(
-    parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, queue: ExpertQueue | None
-) -> dict[str, Tensor]:
-    """Return all tensors that training changes, by a unique name. The tensors themselves, not copies."""
-    tensors = dict(parameters)
-    state = optimizer.state_dict()["state"]  # by the parameter's index; empty before the first step
+class Components(NamedTuple):
+    """The objects that a training step changes."""
+
+    model: Model
+    optimizer: torch.optim.Optimizer
+    queue: ExpertQueue | None
+
+
+def state_tensors(components: Components, moments: Mapping[int, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Return the tensors of a training state by name, without copying. `moments` is AdamW's state by parameter."""
+    parameters = trainable_parameters(components.model)
+    tensors: dict[str, Tensor] = dict(parameters)
     for i, name in enumerate(parameters):
-        tensors |= {f"optimizer.{key}.{name}": value for key, value in state.get(i, {}).items()}
-    if queue:
-        tensors |= {f"queue.{name}": buffer for name, buffer in queue.state_dict().items()}
+        tensors |= {f"optimizer.{key}.{name}": value for key, value in moments.get(i, {}).items()}
+    if components.queue:
+        tensors |= {f"queue.{name}": buffer for name, buffer in components.queue.state_dict().items()}
     return tensors
 
 
-def load_training_tensors(
-    path: Path, parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, queue: ExpertQueue | None, step: int
-) -> None:
-    """Copy a saved training state into parameters, optimizer and queue. Raises UserError if it does not fit."""
-    state: dict[int, dict[str, Tensor]] = {}
-    if step:
-        for i, p in enumerate(parameters.values()):
-            state[i] = {key: torch.zeros(()) if key == "step" else torch.zeros_like(p) for key in MOMENTS}
-    tensors = training_tensors(parameters, optimizer, queue)
-    for i, name in enumerate(parameters):
-        tensors |= {f"optimizer.{key}.{name}": value for key, value in state.get(i, {}).items()}
-    load_into(tensors, path)
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+def encode(state: RunState) -> str:
+    return json.dumps(dataclasses.asdict(state))
 
 
-def save_training_state(out: Path, tensors: dict[str, Tensor], run: dict[str, Any]) -> None:
-    """`run` is what JSON can hold: step, configuration, figures so far."""
-    write_tensors(out / STATE, tensors, {"run": json.dumps(run)})
+def save(components: Components, state: RunState) -> None:
+    """Write the training state, then the adapter. Raises OSError."""
+    out = Path(state.config.out)
+    tensors = state_tensors(components, components.optimizer.state_dict()["state"])
+    write_tensors(out / STATE, tensors, {"run": encode(state)})
+    write_tensors(out / ADAPTER, adapter_state(components.model), {"format": "pt"})
 
 
-def read_state(out: Path) -> dict[str, Any]:
-    """Raises FileNotFoundError if there is nothing to resume, ValueError if it is damaged."""
+def restore(components: Components, state: RunState) -> None:
+    """Copy the saved tensors into model, optimizer and queue. Raises UserError if they do not fit."""
+    moments: dict[int, dict[str, Tensor]] = {}
+    for i, p in enumerate(trainable_parameters(components.model).values()):
+        if state.step:  # before the first step AdamW has no state
+            moments[i] = {key: torch.zeros(()) if key == "step" else torch.zeros_like(p) for key in MOMENTS}
+    load_into(state_tensors(components, moments), Path(state.config.out) / STATE)
+    groups = components.optimizer.state_dict()["param_groups"]
+    components.optimizer.load_state_dict({"state": moments, "param_groups": groups})
+
+
+def read_state(out: Path) -> RunState:
+    """Read the record of a saved run. Raises FileNotFoundError if there is none, UserError if it is damaged."""
     path = out / STATE
     if not path.is_file():
-        raise FileNotFoundError(f"{out}: nothing to resume, there is no {STATE}")
+        raise FileNotFoundError(f"{out}: no run to resume, {STATE} is missing")
     _, metadata = read_header(path)
     try:
         run = json.loads(metadata["run"])
-        if missing := {"step", "seconds", "tokens", "load", "eval_before", "data"} - set(run):
-            raise UserError(f"no {min(missing)}")
-        return run | {
-            "config": from_json(TrainConfig, run["config"]),
-            "adapter": from_json(AdapterConfig, run["adapter"]),
-        }
-    except (KeyError, TypeError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: no training state ({error!r:.80})") from None
-
-
-def save(
-    out: Path,
-    model: Model,
-    optimizer: torch.optim.Optimizer,
-    queue: ExpertQueue | None,
-    state: dict[str, Any],
-) -> None:
-    run = state | {name: dataclasses.asdict(state[name]) for name in ("config", "adapter")}
-    save_training_state(out, training_tensors(trainable_parameters(model), optimizer, queue), run)
-    write_tensors(out / ADAPTER, adapter_state(model), {"format": "pt"})
-
-
-def restore(
-    out: Path,
-    model: Model,
-    optimizer: torch.optim.Optimizer,
-    queue: ExpertQueue | None,
-    state: dict[str, Any],
-    digest: str,
-) -> None:
-    """Raises ValueError if the base or the data is not what the run was started with."""
-    read_adapter_config(out, state["config"].base)
-    if state["data"] != digest:
-        raise UserError(
-            f"{state['config'].data} or {state['config'].eval} has changed since the run in {out} was started"
-        )
-    load_training_tensors(out / STATE, trainable_parameters(model), optimizer, queue, state["step"])
+        state: RunState = from_json(RunState, run)
+        if json.loads(encode(state)) != run:  # a missing field would silently have its default
+            raise KeyError("missing fields")
+        return state
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        raise UserError(f"{path}: not a training state of this version ({error!r:.80})") from None

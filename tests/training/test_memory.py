@@ -1,91 +1,103 @@
 import pytest
 import torch
 
-from minidoctor.bench.implementations import drawn_batch
+from minidoctor.batching import Example, micro_batches
 from minidoctor.config import AdapterConfig, ModelConfig, TrainConfig
-from minidoctor.losses import language_model_loss
 from minidoctor.model import Model
-from minidoctor.training.memory import ADVICE, activations_per_token, estimate, free_memory, in_words, out_of_memory
+from minidoctor.step import make_queue
+from minidoctor.training.memory import (
+    ADVICE,
+    activations_per_token,
+    estimate,
+    format_estimate,
+    free_memory,
+    largest_micro_batch,
+)
 
 CONFIG = ModelConfig(vocab_size=50, dim=48, n_layers=3, n_heads=4, n_kv_heads=2, head_dim=12, ffn_dim=96)
 FEED_FORWARD = ("gate_proj", "up_proj", "down_proj")
+TOKENS = torch.arange(4 * 64).view(4, 64) % 50
 
 
-def kept_for_the_way_back(model, batch, recompute=False):
-    """Numbers in all tensors that autograd saves in a forward pass, each memory once, without the weights."""
+def saved_elements(model, recompute=False):
+    """Return the elements of all tensors that autograd saves, each memory once, without the weights."""
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    seen = {}
+    saved = {}
 
     def pack(tensor):
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in weights and tensor.is_floating_point():
-            seen[storage.data_ptr()] = (
-                storage.nbytes() // tensor.element_size(),
-                tensor,
-            )  # held, so that none is reused
+            saved[storage.data_ptr()] = storage.nbytes() // tensor.element_size(), tensor  # held: no address is reused
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        hidden, _ = model.hidden(batch.tokens, recompute=recompute)
-    return sum(n for n, _ in seen.values()), hidden
+        hidden, _ = model.hidden(TOKENS, recompute=recompute)
+    return sum(n for n, _ in saved.values()), hidden
 
 
 @pytest.mark.parametrize("targets", [FEED_FORWARD, ("q_proj", "o_proj"), (*FEED_FORWARD, "q_proj", "v_proj", "o_proj")])
 @pytest.mark.parametrize("n_experts", [1, 4])
-def test_what_a_block_keeps_is_what_autograd_saves(targets, n_experts):
+def test_activations_per_token_are_those_that_autograd_saves(targets, n_experts):
     model = Model(CONFIG, AdapterConfig(n_experts, min(2, n_experts), 2, targets=targets))
-    batch = drawn_batch(50, 4, 64)
-    saved, _ = kept_for_the_way_back(model, batch)
-    kept, _ = activations_per_token(model)
-    # The routers' few numbers and the final norm are not in the estimate, the first layer needs less of its attention.
-    assert 0.8 < CONFIG.n_layers * kept * batch.tokens.numel() / saved < 1.2
+    saved, _ = saved_elements(model)
+    per_token, _ = activations_per_token(model)
+    # The estimate omits the routers' logits and the final norm; the first layer saves less of its attention.
+    assert 0.8 < CONFIG.n_layers * per_token * TOKENS.numel() / saved < 1.2
 
 
-def test_recomputing_keeps_the_inputs_of_the_blocks_alone():
+def test_activation_checkpointing_saves_the_inputs_of_the_blocks_only():
     model = Model(CONFIG, AdapterConfig(4, 2, 2))
-    batch = drawn_batch(50, 4, 64)
-    plain, hidden = kept_for_the_way_back(model, batch)
-    less, again = kept_for_the_way_back(model, batch, recompute=True)
-    assert torch.equal(hidden, again)
-    assert less < plain / 4
-    needed = [estimate(model, TrainConfig(recompute=r), 256, 100)["activations"] for r in (False, True)]
+    plain, hidden = saved_elements(model)
+    recomputed, same = saved_elements(model, recompute=True)
+    assert torch.equal(hidden, same)
+    assert recomputed < plain / 4
+    needed = [estimate(model, None, TrainConfig(recompute=r), 256, 100)["activations"] for r in (False, True)]
     assert needed[1] < 0.6 * needed[0]
 
 
 def test_contrast_and_logits_have_a_fixed_size():
+    config = TrainConfig(contrast_weight=0.03)
     model = Model(ModelConfig(32000, 16, 2, 2, 2, 8, 16), AdapterConfig(4, 2, 2))
-    few, many = (estimate(model, TrainConfig(contrast_weight=0.03), n, n // 2) for n in (1024, 65536))
+    few, many = (estimate(model, make_queue(model, config), config, n, n // 2) for n in (1024, 65536))
     assert few["contrast"] == many["contrast"] > 0
     assert many["logits"] < 2 * few["logits"]
     assert many["activations"] == 64 * few["activations"]
-    assert estimate(model, TrainConfig(contrast_weight=0.0), 1024, 512)["contrast"] == 0
+    assert estimate(model, None, config, 1024, 512)["contrast"] == 0
 
 
-def test_the_report_warns_when_it_will_not_fit():
+@pytest.mark.parametrize(("batch_size", "accumulate"), [(2, 1), (3000, 1), (3000, 9), (3000, 2)])
+def test_the_largest_micro_batch_is_bounded_by_the_examples(batch_size, accumulate):
+    examples = [Example([1] * n, [-100] * (n - 2) + [1] * 2) for n in (9, 5, 5, 3, 3)]
+    config = TrainConfig(batch_size=batch_size, accumulate=accumulate)
+    bounds = largest_micro_batch(examples, config)
+    batches = micro_batches(examples[:batch_size], accumulate)
+    largest = max(batch.tokens.numel() for batch in batches), max(len(batch.answer_positions) for batch in batches)
+    if accumulate == 2:  # the longest example is in a micro-batch of two, the other one has three
+        assert (bounds, largest) == ((27, 6), (18, 6))
+    else:
+        assert bounds == largest
+
+
+def test_the_estimate_warns_with_advice_if_memory_is_short():
     needed = {"frozen weights": 2**30, "activations": 2**31}
-    assert in_words(needed, 2**32) == "memory of a step: about 3.00 GiB (frozen weights 1.00, activations 2.00)"
-    assert in_words(needed, None).count("\n") == 0
-    line = in_words(needed, 2**30)
-    assert "WARNING: 2.00 GiB more are needed and 1.00 are free" in line
+    assert format_estimate(needed, 2**32) == "memory of a step: about 3.00 GiB (frozen weights 1.00, activations 2.00)"
+    assert format_estimate(needed, None) == format_estimate(needed, 2**32)
+    line = format_estimate(needed, 2**30)
+    assert "WARNING: it needs 2.00 GiB in addition and 1.00 are free" in line
     assert ADVICE in line
 
 
-def test_what_is_free_and_what_it_is_called_when_nothing_is():
+def test_free_memory_is_in_bytes():
     free = free_memory(torch.device("cpu"))
     assert free is None or 2**20 < free < 2**50
-    assert out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
-    assert out_of_memory(RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"))
-    assert not out_of_memory(RuntimeError("shapes cannot be multiplied"))
+    assert free_memory(torch.device("meta")) is None
 
 
-def test_nothing_below_the_first_experts_is_walked_back_and_nothing_frozen_has_a_gradient():
+def test_backpropagation_stops_at_the_first_adapted_layer():
     model = Model(CONFIG, AdapterConfig(4, 2, 2, targets=FEED_FORWARD))
-    batch = drawn_batch(50, 2, 16)
-    reached = []
-    first, second = model.model.layers[0].self_attn, model.model.layers[1].self_attn
-    for module in (first, second):
-        module.o_proj.register_forward_hook(lambda module, inputs, out: reached.append(out.requires_grad))
-    hidden, _ = model.hidden(batch.tokens)
-    language_model_loss(hidden, model.lm_head.weight, batch.targets, batch.answer_positions).backward()
-    assert reached == [False, True]
-    assert all((p.grad is None) == (not p.requires_grad) or "router" in name for name, p in model.named_parameters())
+    has_gradient = []
+    for block in model.model.layers[:2]:
+        block.self_attn.o_proj.register_forward_hook(lambda *args: has_gradient.append(args[-1].requires_grad))
+    model.hidden(TOKENS)[0].sum().backward()
+    assert has_gradient == [False, True]
+    assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
