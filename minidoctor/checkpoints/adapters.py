@@ -11,21 +11,13 @@ import os
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from minidoctor.checkpoints import peft
 from minidoctor.checkpoints.families import read_model_config
 from minidoctor.checkpoints.hugging_face import check_unwrapped, checkpoint_hash, load_model
-from minidoctor.checkpoints.peft import (
-    WEIGHTS,
-    check_peft_base,
-    from_peft_name,
-    is_peft,
-    read_peft_config,
-    read_peft_metadata,
-)
 from minidoctor.config import AdapterConfig, ModelConfig, UserError, check
 from minidoctor.files.hub_cache import follow_snapshot
 from minidoctor.files.json_files import from_json, read_object, write_json
@@ -35,16 +27,7 @@ from minidoctor.text.tokenizer import Tokenizer, load_tokenizer
 
 CONFIG, ADAPTER = "adapter_config.json", "adapter.safetensors"
 # All files of an adapter and of its training, here and in the package `peft`.
-ADAPTER_FILES = (CONFIG, ADAPTER, "training_state.safetensors", WEIGHTS, "adapter_model.bin")
-
-
-@dataclasses.dataclass(frozen=True)
-class BaseDescription:
-    """The base that an adapter was trained on."""
-
-    name: str
-    model: dict[str, Any]  # the fields of its ModelConfig
-    checkpoint_hash: str
+ADAPTER_FILES = (CONFIG, ADAPTER, "training_state.safetensors", peft.WEIGHTS, "adapter_model.bin")
 
 
 def has_adapter(directory: str | Path) -> bool:
@@ -54,10 +37,9 @@ def has_adapter(directory: str | Path) -> bool:
 
 def save_adapter_config(out: Path, base: str, adapter: AdapterConfig, chat_format: str = "auto") -> None:
     out.mkdir(parents=True, exist_ok=True)
-    model = dataclasses.asdict(read_model_config(base))
-    description = BaseDescription(Path(base).resolve().name, model, checkpoint_hash(base))
-    content = {"base": dataclasses.asdict(description), "adapter": dataclasses.asdict(adapter)}
-    write_json(out / CONFIG, content | {"chat_format": chat_format})
+    base_fields = dataclasses.asdict(read_model_config(base))
+    trained_on = {"name": Path(base).resolve().name, "model": base_fields, "checkpoint_hash": checkpoint_hash(base)}
+    write_json(out / CONFIG, {"base": trained_on, "adapter": dataclasses.asdict(adapter), "chat_format": chat_format})
 
 
 def read_adapter_config(directory: Path, base: str | Path) -> AdapterConfig:
@@ -65,17 +47,16 @@ def read_adapter_config(directory: Path, base: str | Path) -> AdapterConfig:
     path = directory / CONFIG
     content, present = read_object(path), dataclasses.asdict(read_model_config(base))
     try:
-        adapter = from_json(AdapterConfig, content["adapter"])
-        renamed = {"checkpoint_hash" if key == "fingerprint" else key: v for key, v in content["base"].items()}
-        trained_on = from_json(BaseDescription, renamed)  # earlier versions wrote "fingerprint"
-        # Fields of ModelConfig that were added since have their defaults.
-        pairs = [(key, trained_on.model.get(key, getattr(ModelConfig, key, None)), v) for key, v in present.items()]
-    except (KeyError, AttributeError, UserError) as error:
+        adapter, trained_on = from_json(AdapterConfig, content["adapter"]), content["base"]
+        # Fields of ModelConfig that were added since the training have their defaults.
+        before = {key: trained_on["model"].get(key, getattr(ModelConfig, key, None)) for key in present}
+        # Earlier versions wrote "fingerprint". The hash comes last, because a difference in shape explains more.
+        before["checkpoint_hash"] = trained_on.get("checkpoint_hash") or trained_on["fingerprint"]
+        origin = f"the adapter was trained on {trained_on['name']!r}"
+    except (KeyError, TypeError, AttributeError, UserError) as error:
         raise UserError(f"{path}: not an adapter configuration ({error})") from None
-    # The hash last: if the shapes differ too, they are what explains the rejection.
-    for key, before, now in [*pairs, ("checkpoint_hash", trained_on.checkpoint_hash, checkpoint_hash(base))]:
-        difference = f"{key} {before!r:.70}, {base} has {now!r:.70}"
-        check(before == now, f"{path}: the adapter was trained on {trained_on.name!r} with {difference}")
+    for key, now in (present | {"checkpoint_hash": checkpoint_hash(base)}).items():
+        check(before[key] == now, f"{path}: {origin} with {key} {before[key]!r:.70}, {base} has {now!r:.70}")
     return adapter
 
 
@@ -90,10 +71,10 @@ def load_adapted_model(
     Raises FileNotFoundError or UserError.
     """
     directory, base = follow_snapshot(directory), follow_snapshot(base)
-    if is_peft(directory):
-        check_peft_base(directory, base)
-        model = load_model(base, dtype, device, read_peft_config(directory))
-        load_into(adapter_state(model), directory / WEIGHTS, from_peft_name)
+    if peft.is_peft(directory):
+        peft.check_base(directory, base)
+        model = load_model(base, dtype, device, peft.read_peft_config(directory))
+        load_into(adapter_state(model), directory / peft.WEIGHTS, peft.from_peft_name)
     else:
         model = load_model(base, dtype, device, read_adapter_config(directory, base))
         load_into(adapter_state(model), directory / ADAPTER)
@@ -149,7 +130,7 @@ def load(
 def read_chat_format(adapter: str | Path) -> str:
     """Return the chat format that an adapter was trained in, or "auto" if it is not stored."""
     adapter = follow_snapshot(adapter)
-    stored = read_peft_metadata(adapter) if is_peft(adapter) else read_object(adapter / CONFIG)
+    stored = peft.read_metadata(adapter) if peft.is_peft(adapter) else read_object(adapter / CONFIG)
     return str(stored.get("chat_format", "auto"))
 
 

@@ -6,9 +6,7 @@ compute is rejected by its key. An unknown key is ignored, unless its name sugge
 
 import dataclasses
 import re
-from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from minidoctor.config import ModelConfig, RopeScaling, UserError, check
@@ -17,19 +15,11 @@ from minidoctor.files.json_files import from_json, read_object
 
 # The fields of ModelConfig and RopeScaling and their keys in config.json.
 KEYS = {
-    "vocab_size": "vocab_size",
-    "dim": "hidden_size",
-    "n_layers": "num_hidden_layers",
-    "n_heads": "num_attention_heads",
-    "n_kv_heads": "num_key_value_heads",
-    "head_dim": "head_dim",
-    "ffn_dim": "intermediate_size",
-    "max_seq_len": "max_position_embeddings",
-    "norm_eps": "rms_norm_eps",
-    "rope_theta": "rope_theta",
-    "tied": "tie_word_embeddings",
-    "window": "sliding_window",
-}
+    "vocab_size": "vocab_size", "dim": "hidden_size", "n_layers": "num_hidden_layers", "head_dim": "head_dim",
+    "n_heads": "num_attention_heads", "n_kv_heads": "num_key_value_heads", "ffn_dim": "intermediate_size",
+    "max_seq_len": "max_position_embeddings", "norm_eps": "rms_norm_eps", "rope_theta": "rope_theta",
+    "tied": "tie_word_embeddings", "window": "sliding_window",
+}  # fmt: skip
 SCALING_KEYS = {name: name for name in ("factor", "low_freq_factor", "high_freq_factor")}
 SCALING_KEYS |= {"original_seq_len": "original_max_position_embeddings"}
 # Values of absent keys: those of LlamaConfig in transformers 5.23, and below those of the other families.
@@ -44,20 +34,20 @@ class Family(NamedTuple):
     """The meaning of a `model_type` beyond the values of the keys."""
 
     architecture: str
-    switches: Mapping[str, bool] = MappingProxyType({})  # fields of ModelConfig
-    defaults: Mapping[str, Any] = MappingProxyType({})  # that differ from Llama's
+    switches: dict[str, bool]  # fields of ModelConfig
+    defaults: dict[str, Any]  # that differ from Llama's
     ignored: tuple[str, ...] = ()  # keys that apply only with use_sliding_window, which is rejected
     packed: bool = False  # q, k and v are rows of one matrix, W_pack
     normalized_head: bool = False  # the rows of the output layer are scaled to length 1
 
 
 FAMILIES = {
-    "llama": Family("LlamaForCausalLM"),
+    "llama": Family("LlamaForCausalLM", {}, {}),
     "mistral": Family("MistralForCausalLM", {}, MISTRAL_DEFAULTS),
     "qwen2": Family("Qwen2ForCausalLM", {"qkv_bias": True}, QWEN_DEFAULTS, QWEN_WINDOW),
     "qwen3": Family("Qwen3ForCausalLM", {"qk_norm": True}, QWEN_DEFAULTS | {"head_dim": 128}, QWEN_WINDOW),
-    "baichuan": Family("BaiChuanForCausalLM", packed=True),
-    "baichuan2": Family("BaichuanForCausalLM", packed=True, normalized_head=True),
+    "baichuan": Family("BaiChuanForCausalLM", {}, {}, packed=True),
+    "baichuan2": Family("BaichuanForCausalLM", {}, {}, packed=True, normalized_head=True),
 }
 # Settings with a single supported value.
 FIXED = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "use_sliding_window": False}

@@ -41,8 +41,6 @@ def checkpoint_files(directory: Path) -> list[Path]:
 
     A single file is preferred to an index, as in transformers: shards next to it are left from an earlier save.
     """
-    if not directory.is_dir():
-        raise FileNotFoundError(f"{directory}: no such directory")
     index, single = directory / "model.safetensors.index.json", directory / "model.safetensors"
     if single.is_file() or (os.path.lexists(single) and not os.path.lexists(index)):
         return [single]  # if it is a dangling symlink, reading reports it
@@ -52,7 +50,7 @@ def checkpoint_files(directory: Path) -> list[Path]:
     mapping = isinstance(names, dict) and len(names) > 0 and all(isinstance(name, str) for name in names.values())
     check(mapping, f"{index}: weight_map must map tensor names to files")
     for name in names.values():
-        local = Path(name).name == name and name.endswith(".safetensors") and len(name.encode(errors="replace")) <= 200
+        local = Path(name).name == name and name.endswith(".safetensors")
         check(local, f"{index}: {name!r:.60} is not a safetensors file of this directory")
     return [directory / name for name in sorted(set(names.values()))]
 

@@ -22,34 +22,33 @@ from minidoctor.files.json_files import read_object, write_json
 from minidoctor.files.safetensors import read_header, write_tensors
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-# The settings that are read, and those without an effect on a trained adapter. Any other must be switched off.
-READ = {"peft_type", "bias", "init_lora_weights", "r", "lora_alpha", "target_modules", "use_rslora"}
-HARMLESS = {"base_model_name_or_path", "task_type", "inference_mode", "lora_dropout", "auto_mapping", "revision"}
-HARMLESS |= {"peft_version", "megatron_core", "qalora_group_size", "runtime_config", "loftq_config"}
-HARMLESS |= {"ensure_weight_tying"}
+SUPPORTED = {
+    "peft_type": ("LORA",),
+    "bias": ("none",),
+    "init_lora_weights": (True, False, "gaussian"),  # the others change the weights of the base
+}
+READ = {*SUPPORTED, "r", "lora_alpha", "target_modules", "use_rslora", "base_model_name_or_path"}
+# Settings without an effect on a trained adapter. Any that is not listed here must be switched off.
+HARMLESS = {"task_type", "inference_mode", "lora_dropout", "auto_mapping", "revision", "peft_version"}
+HARMLESS |= {"megatron_core", "qalora_group_size", "runtime_config", "loftq_config", "ensure_weight_tying"}
 
 
 def is_peft(directory: Path) -> bool:
     return (directory / CONFIG).is_file() and "peft_type" in read_object(directory / CONFIG)
 
 
-def check_plain_lora(adapter: AdapterConfig, purpose: str) -> None:
+def check_plain_lora(adapter: AdapterConfig) -> None:
     n, reason = adapter.n_experts, "their gates depend on the token, so no fixed matrix equals them"
-    check(n == 1, f"{purpose} needs plain LoRA (--n-experts 1), the adapter has {n} experts: {reason}")
+    check(n == 1, f"only plain LoRA (--n-experts 1) can be exported, the adapter has {n} experts: {reason}")
 
 
 def read_peft_config(directory: Path) -> AdapterConfig:
     """Read adapter_config.json. Raises UserError that names the first setting that plain LoRA does not have."""
     path = directory / CONFIG
     settings = read_object(path)
-    for key, supported in {
-        "peft_type": ("LORA",),
-        "bias": ("none",),
-        "init_lora_weights": (True, False, "gaussian"),
-    }.items():
-        # Other initializations change the weights of the base.
-        value = settings.get(key, supported[0])
-        check(value in supported, f"{path}: {key} is {value!r:.60}, supported is {supported[0]!r}")
+    for key, values in SUPPORTED.items():
+        value = settings.get(key, values[0])
+        check(value in values, f"{path}: {key} is {value!r:.60}, supported is {values[0]!r}")
     for key, value in settings.items():
         off = value is None or value is False or value in ("", [], {})  # 0 is a layer
         check(off or key in READ | HARMLESS, f"{path}: {key} is {value!r:.60}, which is not supported")
@@ -70,19 +69,19 @@ def read_peft_config(directory: Path) -> AdapterConfig:
         raise UserError(f"{path}: {error}") from None
 
 
-def read_peft_metadata(directory: Path) -> dict[str, str]:
+def read_metadata(directory: Path) -> dict[str, str]:
     """Return the metadata of the weights, which `peft` ignores. Raises FileNotFoundError or UserError."""
     if not os.path.lexists(directory / WEIGHTS):
         raise FileNotFoundError(f"{directory}: no {WEIGHTS} here{describe_weights(directory)}")
     return read_header(directory / WEIGHTS)[1]
 
 
-def check_peft_base(directory: Path, base: Path) -> None:
+def check_base(directory: Path, base: Path) -> None:
     """Raise UserError if an adapter that was exported here was trained on another base.
 
     An adapter of `peft` only has the name or the path of its base. If that differs, a note is printed.
     """
-    metadata, name = read_peft_metadata(directory), read_object(directory / CONFIG).get("base_model_name_or_path")
+    metadata, name = read_metadata(directory), read_object(directory / CONFIG).get("base_model_name_or_path")
     if trained_on := metadata.get("base_checkpoint_hash", metadata.get("base_fingerprint")):
         same = trained_on == checkpoint_hash(base)
         check(same, f"{directory / WEIGHTS}: the adapter was trained on another model than {base}")
@@ -110,7 +109,7 @@ def write_peft(
 
     Raises UserError as `check_finite`, and if the adapter has several experts.
     """
-    check_plain_lora(adapter, "the PEFT layout")
+    check_plain_lora(adapter)
     check_finite(state, directory)
     directory.mkdir(parents=True, exist_ok=True)
     settings: dict[str, Any] = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base}

@@ -41,7 +41,7 @@ def main() -> None:
     check(free, f"{out}: exists already; choose a new or empty directory")
     check(flags.peft is None or dtype == "auto", "--dtype is for --merge; an exported adapter is float32")
     if not is_peft(adapter):
-        check_plain_lora(read_adapter_config(adapter, base), "export")
+        check_plain_lora(read_adapter_config(adapter, base))  # before gigabytes are read
     weights_dtype = stored_dtype(base) if dtype == "auto" else choose_dtype(dtype, torch.device("cpu"))
     model, chat_format = load_adapted_model(base, adapter, weights_dtype), read_chat_format(adapter)
     if flags.peft is None:

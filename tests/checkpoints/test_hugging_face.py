@@ -65,7 +65,7 @@ def test_shards_are_used_next_to_a_single_file_that_is_a_dangling_symlink(base_d
     (base_copy / WEIGHTS).symlink_to("nowhere")
     assert_loads(base_copy, load_model(base_dir).state_dict())
     (base_copy / INDEX).unlink()
-    with pytest.raises(FileNotFoundError, match=r"model\.safetensors: a symlink to nowhere"):
+    with pytest.raises(FileNotFoundError, match=r"model\.safetensors: .*symlink.* nowhere"):
         load_model(base_copy)
 
 
@@ -74,7 +74,7 @@ def test_dangling_symlink_instead_of_any_file_is_named(base_copy, file):
     write_shards(base_copy)
     (base_copy / file).unlink()
     (base_copy / file).symlink_to("../blobs/0a1b")
-    with pytest.raises(FileNotFoundError, match=rf"{file}: a symlink to \.\./blobs/0a1b"):
+    with pytest.raises(FileNotFoundError, match=rf"{file}: .*symlink.* \.\./blobs/0a1b"):
         load_model(base_copy)
 
 
