@@ -1,12 +1,12 @@
-"""Makes tests/fixtures: tiny checkpoints of every family and what `transformers` computes with them.
+"""Make tests/fixtures: tiny checkpoints of every family, and the logits and tokens that `transformers` computes.
 
     pip install transformers sentencepiece protobuf
-    python tests/make_fixtures.py            writes them anew
-    python tests/make_fixtures.py --check    makes them elsewhere and compares with those that are stored
+    python tests/make_fixtures.py            write them again
+    python tests/make_fixtures.py --check    make them in a temporary directory and compare with the stored ones
 
-Not needed to run the tests: its results are stored. Baichuan is not in `transformers`; by its published definition
-it is a Llama whose q, k and v are the rows of one matrix, in this order, and the second version divides each row of
-the output layer by its length. So a Llama made from the same numbers is asked in its place.
+The tests read the stored results and do not need these packages. Baichuan is not in `transformers`. By its published
+definition it is a Llama whose q, k and v are the rows of one matrix, in this order; the second version divides each
+row of the output layer by its length. The expected values are therefore those of a Llama with the same weights.
 """
 
 import argparse
@@ -19,11 +19,12 @@ from pathlib import Path
 import sentencepiece
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_checkpoints import tensor_shapes
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 OUT = Path(__file__).parent / "fixtures"
-LENGTHS = (48, 23, 7)  # tokens of the three prompts: beyond the window and beyond the original context, and below
+LENGTHS = (48, 23, 7)  # tokens of the prompts: two beyond the window, one beyond the original context, one below both
 NEW_TOKENS = 64
 
 SHAPE = {
@@ -36,7 +37,7 @@ SHAPE = {
     "hidden_act": "silu",
     "max_position_embeddings": 128,
     "rms_norm_eps": 1e-5,
-    "rope_theta": 100.0,  # small, so that few positions show what the scaling does
+    "rope_theta": 100.0,  # small, so that the scaling shows in few positions
     "tie_word_embeddings": False,
 }
 LLAMA3 = {
@@ -44,7 +45,7 @@ LLAMA3 = {
     "factor": 8.0,
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 32,  # 4 of 8 dimensions turn too slowly for it, 2 are between
+    "original_max_position_embeddings": 32,  # 4 of 8 dimensions turn too slowly, 2 are in between
 }
 
 
@@ -84,36 +85,13 @@ MODELS = {
 
 
 def draw(shapes: dict[str, tuple[int, ...]], dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Numbers that depend on the names only; large, so that a wrong order of operations shows in the logits."""
+    """Draw weights that depend on the names only, so large that a wrong order of operations shows in the logits."""
     tensors = {}
     for name, shape in sorted(shapes.items()):
         generator = torch.Generator().manual_seed(sum(name.encode()))
-        numbers = torch.randn(shape, generator=generator) * 0.2
-        tensors[name] = (numbers + 1 if "norm" in name else numbers).to(dtype)
+        weights = torch.randn(shape, generator=generator) * 0.2
+        tensors[name] = (weights + 1 if "norm" in name else weights).to(dtype)
     return tensors
-
-
-def shapes_of(settings: dict) -> dict[str, tuple[int, ...]]:
-    """Every tensor of a Llama of these settings, with what Qwen adds."""
-    dim, ffn, vocab = settings["hidden_size"], settings["intermediate_size"], settings["vocab_size"]
-    heads, groups = settings["num_attention_heads"], settings["num_key_value_heads"]
-    head = settings.get("head_dim", dim // heads)
-    shapes = {"model.embed_tokens.weight": (vocab, dim), "model.norm.weight": (dim,)}
-    if not settings["tie_word_embeddings"]:
-        shapes["lm_head.weight"] = (vocab, dim)
-    for layer in range(settings["num_hidden_layers"]):
-        block = f"model.layers.{layer}."
-        rows = {"q_proj": heads * head, "k_proj": groups * head, "v_proj": groups * head}
-        shapes |= {f"{block}self_attn.{name}.weight": (n, dim) for name, n in rows.items()}
-        if settings["model_type"] == "qwen2":
-            shapes |= {f"{block}self_attn.{name}.bias": (n,) for name, n in rows.items()}
-        if settings["model_type"] == "qwen3":
-            shapes |= {f"{block}self_attn.{name}_norm.weight": (head,) for name in ("q", "k")}
-        shapes[block + "self_attn.o_proj.weight"] = (dim, heads * head)
-        shapes |= {f"{block}mlp.{name}_proj.weight": (ffn, dim) for name in ("gate", "up")}
-        shapes[block + "mlp.down_proj.weight"] = (dim, ffn)
-        shapes |= {f"{block}{name}_layernorm.weight": (dim,) for name in ("input", "post_attention")}
-    return shapes
 
 
 def write_model(directory: Path, settings: dict, tensors: dict[str, torch.Tensor]) -> None:
@@ -122,59 +100,73 @@ def write_model(directory: Path, settings: dict, tensors: dict[str, torch.Tensor
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
 
 
+def as_llama(settings: dict) -> dict:
+    return settings | {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+
+
 def make_model(directory: Path, name: str) -> None:
     settings, dtype = MODELS[name]
-    if name.startswith("baichuan"):
+    is_baichuan = name.startswith("baichuan")
+    if is_baichuan:
         settings = settings | {"num_key_value_heads": settings["num_attention_heads"]}
-    tensors = draw(shapes_of(settings), dtype)
+    tensors = draw(tensor_shapes(as_llama(settings) if is_baichuan else settings), dtype)
     with tempfile.TemporaryDirectory() as temporary:
-        known = directory
-        if name.startswith("baichuan"):  # the Llama that it is
-            twin = {key: tensor.float() for key, tensor in tensors.items()}
-            if name == "baichuan2":
-                head = twin["lm_head.weight"]
-                twin["lm_head.weight"] = head / head.square().sum(1, keepdim=True).sqrt()
-            known = Path(temporary) / "llama"
-            write_model(known, settings | {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}, twin)
+        reference = directory
+        if is_baichuan:
+            reference = Path(temporary) / "llama"
+            write_llama_of_baichuan(reference, name, settings, tensors)
             for layer in range(settings["num_hidden_layers"]):
                 block = f"model.layers.{layer}.self_attn."
-                packed = [tensors.pop(f"{block}{part}_proj.weight") for part in "qkv"]
+                packed = [tensors.pop(f"{block}{projection}_proj.weight") for projection in "qkv"]
                 tensors[block + "W_pack.weight"] = torch.cat(packed)
             settings = {key: value for key, value in settings.items() if key != "num_key_value_heads"}
         write_model(directory, settings, tensors)
-        # Float32 whatever is stored, and attention step by step.
-        model = AutoModelForCausalLM.from_pretrained(known, dtype=torch.float32, attn_implementation="eager")
-    model.eval()
-    generator = torch.Generator().manual_seed(0)
-    expected = {}
-    for length in LENGTHS:
-        tokens = torch.randint(0, settings["vocab_size"], (1, length), generator=generator)
-        with torch.no_grad():
-            logits = model(tokens).logits
-            written = model.generate(
-                tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=NEW_TOKENS, do_sample=False,
-                eos_token_id=None, pad_token_id=0,
-            )  # fmt: skip
-        expected |= {
-            f"tokens.{length}": tokens[0],
-            f"logits.{length}": logits[0],
-            f"greedy.{length}": written[0, length:],
-        }
-    save_file(expected, directory / "expected.safetensors")
-    if name == "llama3":  # in two files, as larger checkpoints are
-        parts = {
-            "model-00001-of-00002.safetensors": sorted(tensors)[:9],
-            "model-00002-of-00002.safetensors": sorted(tensors)[9:],
-        }
-        for file, names in parts.items():
-            save_file({key: tensors[key] for key in names}, directory / file, metadata={"format": "pt"})
-        places = {key: file for file, names in parts.items() for key in names}
-        (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}, indent=1) + "\n")
-        (directory / "model.safetensors").unlink()
+        # In float32 for every stored dtype, with attention computed step by step.
+        model = AutoModelForCausalLM.from_pretrained(reference, dtype=torch.float32, attn_implementation="eager")
+    save_file(expected_outputs(model.eval(), settings["vocab_size"]), directory / "expected.safetensors")
+    if name == "llama3":  # in two shards, as large checkpoints are
+        write_shards(directory, tensors)
     if name == "llama-linear":  # as old tied checkpoints are: with the output layer and the rotary frequencies
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
         tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
         save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+
+
+def write_llama_of_baichuan(directory: Path, name: str, settings: dict, tensors: dict[str, torch.Tensor]) -> None:
+    """Write the Llama that computes the same, in float32."""
+    twin = {key: tensor.float() for key, tensor in tensors.items()}
+    if name == "baichuan2":
+        head = twin["lm_head.weight"]
+        twin["lm_head.weight"] = head / head.square().sum(1, keepdim=True).sqrt()
+    write_model(directory, as_llama(settings), twin)
+
+
+def expected_outputs(model: torch.nn.Module, vocab_size: int) -> dict[str, torch.Tensor]:
+    """Return random prompts with their logits and greedy continuations."""
+    generator = torch.Generator().manual_seed(0)
+    expected = {}
+    for length in LENGTHS:
+        tokens = torch.randint(0, vocab_size, (1, length), generator=generator)
+        with torch.no_grad():
+            logits = model(tokens).logits
+            generated = model.generate(
+                tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=NEW_TOKENS, do_sample=False,
+                eos_token_id=None, pad_token_id=0,
+            )  # fmt: skip
+        expected |= {f"tokens.{length}": tokens[0], f"logits.{length}": logits[0]}
+        expected[f"greedy.{length}"] = generated[0, length:]
+    return expected
+
+
+def write_shards(directory: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Replace model.safetensors by two shards and their index."""
+    names = sorted(tensors)
+    shards = {"model-00001-of-00002.safetensors": names[:9], "model-00002-of-00002.safetensors": names[9:]}
+    for file, shard in shards.items():
+        save_file({key: tensors[key] for key in shard}, directory / file, metadata={"format": "pt"})
+    weight_map = {key: file for file, shard in shards.items() for key in shard}
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}, indent=1) + "\n")
+    (directory / "model.safetensors").unlink()
 
 
 SENTENCES = (
@@ -194,7 +186,7 @@ CHAT = [
     {"role": "user", "content": "Is it treated?\n"},
 ]
 SYSTEM = {"role": "system", "content": "Answer briefly."}
-# The formats in words of our own, for the template engine of `transformers`.
+# The chat formats, written again for the template engine of `transformers`.
 TURNS = "{{% for m in messages %}}{}{{% endfor %}}{{% if add_generation_prompt %}}{}{{% endif %}}"
 TEMPLATES = {
     "chatml": TURNS.format(
@@ -275,19 +267,19 @@ def make(out: Path) -> None:
 
 
 def check() -> None:
-    """Raises AssertionError where what is made now differs from what is stored."""
+    """Raise AssertionError if the fixtures made now differ from the stored ones."""
     with tempfile.TemporaryDirectory() as temporary:
         make(Path(temporary))
         for path in sorted(OUT.rglob("*.*")):
-            again = Path(temporary) / path.relative_to(OUT)
+            made = Path(temporary) / path.relative_to(OUT)
             if path.suffix == ".safetensors":
-                torch.testing.assert_close(load_file(again), load_file(path), msg=str(path))
+                torch.testing.assert_close(load_file(made), load_file(path), msg=str(path))
             else:
-                assert again.read_bytes() == path.read_bytes(), path
-    print("the same as stored")
+                assert made.read_bytes() == path.read_bytes(), path
+    print("equal to the stored fixtures")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="compare, write nothing")
+    parser.add_argument("--check", action="store_true", help="compare with the stored fixtures and write nothing")
     check() if parser.parse_args().check else make(OUT)
