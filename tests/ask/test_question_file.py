@@ -8,7 +8,7 @@ import torch
 import sample
 from minidoctor.ask import chat, question_file
 from minidoctor.ask.question_file import answer_batch, read_question_file
-from minidoctor.config import UserError
+from minidoctor.config import SampleConfig, UserError
 
 QUESTIONS = ["gout?", "痛风的关键检查是什么？", "a cough at night, again?", "哮喘", "Asthma?"]
 
@@ -64,23 +64,22 @@ def test_empty_answers_are_counted(answer_file, monkeypatch):
     assert "5 are empty" in answer_file()[2]
 
 
-def test_answers_of_a_batch_are_yielded_as_soon_as_they_and_those_before_are_complete(monkeypatch, model, tokenizer):
-    progress = []
-
-    def steps(*_):
-        for step in ([1, 5, 8], [2, None, 9], [3, None, None], [None, None, None]):
-            if any(step):
-                yield step
-            progress.append(len(step) - step.count(None))
-
-    monkeypatch.setattr(chat, "generate", steps)
-    seen = [(answer, len(progress)) for answer in answer_batch(model, tokenizer, [[0]] * 3, None)]
-    assert seen == [([1, 2, 3], 4), ([5], 4), ([8, 9], 4)]
-    progress.clear()
-    monkeypatch.setattr(chat, "generate", lambda *_: ([None, 5 + k] if k else [1, 5] for k in range(3)))
-    batch = answer_batch(model, tokenizer, [[0]] * 2, None)
-    assert next(batch) == [1]
-    assert list(batch) == [[5, 6, 7]]
+@pytest.mark.parametrize(
+    ("steps", "answers", "n_steps"),
+    [
+        ([[1, 4], [None, 5], [None, 6]], [[1], [4, 5, 6]], 2),  # the first answer is complete before the second
+        ([[1, 4], [2, None], [3, None]], [[1, 2, 3], [4]], 3),  # the second waits for the first
+    ],
+)
+def test_answer_is_yielded_when_it_and_those_before_it_are_complete(
+    monkeypatch, model, tokenizer, steps, answers, n_steps
+):
+    taken = []
+    monkeypatch.setattr(chat, "generate", lambda *_: (taken.append(step) or step for step in steps))
+    batch = answer_batch(model, tokenizer, [[0], [0]], SampleConfig())
+    assert next(batch) == answers[0]
+    assert len(taken) == n_steps
+    assert list(batch) == answers[1:]
 
 
 def stop_after(monkeypatch, n_rows):
