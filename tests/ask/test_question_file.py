@@ -68,7 +68,7 @@ def test_empty_answers_are_counted(answer_file, monkeypatch):
     ("steps", "answers", "n_steps"),
     [
         ([[1, 4], [None, 5], [None, 6]], [[1], [4, 5, 6]], 2),  # the first answer is complete before the second
-        ([[1, 4], [2, None], [3, None]], [[1, 2, 3], [4]], 3),  # the second waits for the first
+        ([[1, 4], [2, None], [3, None]], [[1, 2, 3], [4]], 3),  # the second is held back until then
     ],
 )
 def test_answer_is_yielded_when_it_and_those_before_it_are_complete(
