@@ -22,7 +22,8 @@ def main() -> None:
     add_flags(parser, TrainConfig)
     add_flags(parser, AdapterConfig)
     flags = vars(parser.parse_args())
-    with lock_directory(Path(flags.get("out", TrainConfig.out))):
+    out = start_or_resume(flags).config.out  # rejected flags create no directory
+    with lock_directory(Path(out)):
         train(start_or_resume(flags))
 
 

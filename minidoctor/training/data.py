@@ -44,7 +44,7 @@ def read_rows(path: str) -> list[Row]:
 
 
 def select_rows(config: TrainConfig) -> tuple[list[Row], list[Row]]:
-    """Return the rows to learn and the rows to evaluate, and print what is skipped and what is in both."""
+    """Return the rows to learn and the rows to evaluate, and print the skipped rows and the overlap."""
     rows, eval_rows = read_rows(config.data), read_rows(config.eval) if config.eval else []
     n_rows = len(rows)
     rows = [row for row in rows if row.messages[-1]["role"] == "assistant"]
@@ -63,7 +63,7 @@ def select_rows(config: TrainConfig) -> tuple[list[Row], list[Row]]:
 
 
 def load_data(config: TrainConfig, tokenizer: Tokenizer, context: int) -> TrainingData:
-    """Read and tokenize the data, and print what is skipped or truncated.
+    """Read and tokenize the data, and print the skipped rows and the truncated answers.
 
     `context` is the longest sequence of the base model. Raises FileNotFoundError or UserError.
     """

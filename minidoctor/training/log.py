@@ -5,23 +5,15 @@ import math
 import resource
 import sys
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from minidoctor.config import UserError
 from minidoctor.files.json_files import write_atomically
 from minidoctor.step import StepMetrics
 
 METRICS = "metrics.jsonl"
-
-
-class LogEntry(NamedTuple):
-    """Summary of the steps since the previous entry."""
-
-    line: str
-    expert_load: tuple[tuple[float, ...], ...]  # (L, E), mean over the steps
+ExpertLoad = tuple[tuple[float, ...], ...]  # (L, E), share of the anchors whose top-1 each expert is
 
 
 class MetricsLog:
@@ -31,8 +23,8 @@ class MetricsLog:
         self.path = out / METRICS
         self.pending: list[tuple[int, StepMetrics, float]] = []
         lines = self.path.read_bytes().splitlines(keepends=True) if step and self.path.is_file() else []
-        # After a crash the file can be ahead of the saved state: those steps will be written again.
-        lines = [line for line in lines if 0 <= step_number(line) < step]
+        # A crash can leave rows of steps that were not saved, the last one incomplete: they will be written again.
+        lines = [line for line in lines if line.endswith(b"\n") and json.loads(line)["step"] < step]
         if len(lines) < step:
             print(f"{self.path}: contains {len(lines)} of the {step} steps done so far")
         write_atomically(self.path, *lines)
@@ -40,8 +32,11 @@ class MetricsLog:
     def add(self, step: int, metrics: StepMetrics, seconds: float) -> None:
         self.pending.append((step, metrics, seconds))
 
-    def flush(self) -> LogEntry:
-        """Write the pending steps. Raises UserError at the first non-finite one, after writing those before it."""
+    def flush(self) -> tuple[str, ExpertLoad]:
+        """Write the pending steps. Return a line that summarizes them and their mean expert load.
+
+        Raises UserError at the first step with a non-finite loss or gradient; the steps before it are written.
+        """
         rows, failure = [], ""
         for step, metrics, seconds in self.pending:
             row = {"step": step, **{name: loss.item() for name, loss in metrics.losses.items()}}
@@ -62,30 +57,22 @@ class MetricsLog:
             raise UserError(failure)
         load = torch.stack([metrics.expert_load for _, metrics, _ in self.pending]).mean(0)  # (L, E)
         self.pending.clear()
-        return LogEntry(format_line(rows, load), tuple(map(tuple, load.tolist())))
+        expert_load = tuple(map(tuple, load.tolist()))
+        return format_line(rows, expert_load), expert_load
 
 
-def step_number(line: bytes) -> int:
-    """Return the step of a row of metrics.jsonl, or -1 for a line that a crash left incomplete."""
-    try:
-        return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return -1
-
-
-def format_line(rows: list[dict[str, float]], load: Tensor) -> str:
-    """Return mean losses, queue fill, speed, peak memory, and the range of the top-1 load (L, E) for people."""
+def format_line(rows: list[dict[str, float]], expert_load: ExpertLoad) -> str:
+    """Return mean losses, queue fill, speed, peak memory, and the range of the experts' load as one line."""
     last = rows[-1]
     names = [name for name in ("loss", "lm", "balance", "contrast") if name in last]
-    parts = [f"step {last['step'] + 1:5d}"]
-    parts += [f"{name} {sum(row[name] for row in rows) / len(rows):.3f}" for name in names]
+    parts = [f"step {last['step'] + 1:5d}", *(f"{name} {sum(r[name] for r in rows) / len(rows):.3f}" for name in names)]
     if "queue_fill" in last:
         parts.append(f"queue {100 * last['queue_fill']:.0f} % full")
     speed = sum(row["tokens"] for row in rows) / sum(row["seconds"] for row in rows)
     parts += [f"lr {last['lr']:.1e}", f"{speed:,.0f} tok/s", f"{peak_memory_gib():.2f} GiB"]
-    if load.numel():
-        least, greatest = 100 * load.min().item(), 100 * load.max().item()
-        parts.append(f"top-1 load {least:.0f} % to {greatest:.0f} % (uniform {100 / load.shape[1]:.3g} %)")
+    if shares := [100 * share for sublayer in expert_load for share in sublayer]:
+        uniform = 100 / len(expert_load[0])
+        parts.append(f"top-1 load {min(shares):.0f} % to {max(shares):.0f} % (uniform {uniform:.3g} %)")
     return "  ".join(parts)
 
 

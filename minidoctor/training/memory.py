@@ -9,13 +9,12 @@
 The allocator's overhead is not included. `python -m minidoctor.bench memory` measures a step.
 """
 
-import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
-from minidoctor.batching import IGNORE, Example
 from minidoctor.config import TARGETS, TrainConfig
 from minidoctor.expert_queue import ExpertQueue
 from minidoctor.model import Model
@@ -30,41 +29,30 @@ def activations_per_token(model: Model) -> tuple[int, int]:
     """Return the elements that a block saves per token, and those that its backward pass allocates temporarily."""
     c, a = model.config, model.adapter
     targets = a.targets if a else ()
-    wide = a.n_experts * a.rank if a else 0
-    attention, mlp = (any(TARGETS[t] == sublayer for t in targets) for sublayer in ("self_attn", "mlp"))
     d_q, d_kv = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
     saved = 2 * c.dim + 2 * d_q + 2 * d_kv + 3 * c.ffn_dim  # norms' inputs; q, k, v and output; gate, silu, up
-    saved += c.dim * (attention + mlp)  # inputs of routers and experts
+    saved += c.dim * len({TARGETS[target] for target in targets})  # inputs of routers and experts
     saved += d_q * ("o_proj" in targets) + c.ffn_dim * ("down_proj" in targets)
-    saved += 2 * wide * len(targets)  # A x, before and after the gates
+    saved += 2 * (a.n_experts * a.rank if a else 0) * len(targets)  # A x, before and after the gates
     return saved, 3 * c.ffn_dim
-
-
-def largest_micro_batch(examples: Sequence[Example], config: TrainConfig) -> tuple[int, int]:
-    """Return upper bounds of the tokens in a micro-batch, padding included, and of its answer tokens."""
-    size = math.ceil(min(config.batch_size, len(examples)) / config.accumulate)
-    n_answers = max(sum(target != IGNORE for target in example.targets) for example in examples)
-    return size * max(len(example.tokens) for example in examples), size * n_answers
 
 
 def estimate(
     model: Model, queue: ExpertQueue | None, config: TrainConfig, n_tokens: int, n_answers: int
 ) -> dict[str, int]:
-    """Return the bytes of a step, by use, for a micro-batch of n_tokens with n_answers answer tokens."""
+    """Return the bytes of a step, by use, for a micro-batch of n_tokens (with padding) and n_answers answer tokens."""
     c, size = model.config, model.lm_head.weight.element_size()
     saved, temporary = activations_per_token(model)
     layers = c.n_layers * c.dim + saved if config.recompute else c.n_layers * saved
     chunk = min(n_answers, max(1, CHUNK // c.vocab_size)) * c.vocab_size
-    contrast = 0
-    if queue:
-        n_keys = queue.keys[..., 0].numel()
-        contrast = 4 * (queue.keys.numel() + n_keys * CONTRAST_COPIES * config.n_anchors)
+    n_keys = queue.keys[..., 0].numel() if queue else 0
+    contrast = queue.keys.numel() + n_keys * CONTRAST_COPIES * config.n_anchors if queue else 0
     return {
         "frozen weights": sum(p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad),
         "trainable": 16 * sum(p.numel() for p in model.parameters() if p.requires_grad),
         "activations": n_tokens * size * (layers + temporary),
         "logits": 2 * 4 * chunk + 2 * size * n_answers * c.dim,
-        "contrast": contrast,
+        "contrast": 4 * contrast,
     }
 
 
@@ -73,10 +61,9 @@ def free_memory(device: torch.device) -> int | None:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     meminfo = Path("/proc/meminfo")
-    if device.type != "cpu" or not meminfo.exists():
-        return None
-    line = next((line for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable:")), None)
-    return int(line.split()[1]) * 1024 if line else None
+    text = meminfo.read_text() if device.type == "cpu" and meminfo.exists() else ""
+    available = re.search(r"MemAvailable: *(\d+) kB", text)
+    return int(available[1]) * 1024 if available else None
 
 
 def format_estimate(needed: Mapping[str, int], free: int | None) -> str:

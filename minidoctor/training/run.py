@@ -4,15 +4,16 @@ One training step is in minidoctor/step.py. Everything that must survive a crash
 """
 
 import itertools
+import math
 import time
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from minidoctor.batching import ShuffledBatches, micro_batches
+from minidoctor.batching import IGNORE, ShuffledBatches, micro_batches
 from minidoctor.checkpoints.adapters import CONFIG, check_vocabulary, save_adapter_config
-from minidoctor.checkpoints.hugging_face import checkpoint_hash, find_non_finite, load_model
+from minidoctor.checkpoints.hugging_face import find_non_finite, load_model
 from minidoctor.cli.device import choose_device, choose_dtype
 from minidoctor.cli.main import is_out_of_memory
 from minidoctor.config import UserError
@@ -20,11 +21,11 @@ from minidoctor.files.safetensors import write_tensors
 from minidoctor.ops.compiled import compile_blocks
 from minidoctor.step import make_optimizer, make_queue, train_step
 from minidoctor.text.tokenizer import Tokenizer, load_tokenizer
-from minidoctor.training.data import TrainingData, hash_files, load_data
+from minidoctor.training.data import TrainingData, load_data
 from minidoctor.training.log import MetricsLog
-from minidoctor.training.memory import estimate, format_estimate, free_memory, largest_micro_batch
+from minidoctor.training.memory import estimate, format_estimate, free_memory
 from minidoctor.training.report import evaluate_rows, write_report
-from minidoctor.training.start import check_inputs, resume_command
+from minidoctor.training.start import hash_inputs, resume_command
 from minidoctor.training.state import QUESTIONS, Components, RunState, restore, save
 from minidoctor.training.stop import StopSignal
 
@@ -69,11 +70,9 @@ def describe(
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in model.parameters()) - trainable
     size, epochs = min(config.batch_size, n), config.steps / batches.per_epoch
-    lines = [
-        f"{config.base}: {frozen:,} frozen and {trainable:,} trainable parameters",
-        f"{config.base}: {tokenizer.note}",
-        f"{config.data}: {n:,} examples in batches of {size}, {epochs:.1f} epochs",
-    ]
+    lines = [f"{config.base}: {frozen:,} frozen and {trainable:,} trainable parameters"]
+    lines += [f"{config.base}: {tokenizer.note}"]
+    lines += [f"{config.data}: {n:,} examples in batches of {size}, {epochs:.1f} epochs"]
     if queue:
         kib = sum(buffer.nbytes for buffer in queue.buffers()) / 1024
         lines.append(f"expert queue: {kib:,.0f} KiB, for every batch size and sequence length")
@@ -82,22 +81,20 @@ def describe(
             lines.append(f"note: {flag} {steps} is longer than the run: the full value is never reached")
     if state.step:
         lines.append(f"continuing after step {state.step}")
-    needed = estimate(model, queue, config, *largest_micro_batch(data.examples, config))
+    size = math.ceil(size / config.accumulate)  # of the largest micro-batch; below, upper bounds of its tokens
+    n_tokens = size * max(len(example.tokens) for example in data.examples)
+    n_answers = size * max(sum(target != IGNORE for target in example.targets) for example in data.examples)
+    needed = estimate(model, queue, config, n_tokens, n_answers)
     return "\n".join([*lines, format_estimate(needed, free_memory(model.lm_head.weight.device))])
 
 
 def prepare_output(components: Components, tokenizer: Tokenizer, data: TrainingData, state: RunState) -> None:
     """Save a new run at step 0, or restore the saved tensors. Raises UserError if an input has changed."""
     config, out = state.config, Path(state.config.out)
+    is_saved = bool(state.input_hashes)
+    hash_inputs(state)
     out.mkdir(parents=True, exist_ok=True)
-    hashes = {"base": checkpoint_hash(config.base)}
-    hashes |= {"data": hash_files(config.data), "eval": hash_files(config.eval)}
-    if state.input_hashes:
-        check_inputs(state, hashes)
-        restore(components, state)
-    else:
-        state.input_hashes = hashes
-        save(components, state)
+    (restore if is_saved else save)(components, state)
     # A run can be killed between two files, so those that are missing are written by the resumed run.
     if not state.step or not (out / CONFIG).exists():
         save_adapter_config(out, config.base, state.adapter, str(tokenizer.chat_format))

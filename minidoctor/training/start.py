@@ -1,45 +1,36 @@
 """The start of a run in its output directory: a new one or the continuation of a saved one, and never two at once."""
 
-import contextlib
 import dataclasses
 import fcntl
 import os
 import shlex
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from minidoctor.checkpoints.adapters import has_adapter
+from minidoctor.checkpoints.hugging_face import checkpoint_hash
 from minidoctor.cli.flags import from_flags
 from minidoctor.config import AdapterConfig, TrainConfig, UserError, check
+from minidoctor.training.data import hash_files
 from minidoctor.training.log import METRICS
 from minidoctor.training.report import REPORT
 from minidoctor.training.state import QUESTIONS, STATE, RunState, read_state
 
-LOCK = "training.lock"
 INPUTS = ("base", "data", "eval")  # paths; a resumed run compares the content of the files
 
 
-@contextlib.contextmanager
-def lock_directory(out: Path) -> Iterator[None]:
-    """Create the directory and keep other runs out. Raises UserError if one is active there.
+def lock_directory(out: Path) -> TextIO:
+    """Create the directory and keep other runs out until the returned file is closed, at the latest with the process.
 
-    The operating system releases the lock when the process ends, also after a crash.
+    Raises UserError if another run is active there.
     """
-    is_new = not out.exists()
     out.mkdir(parents=True, exist_ok=True)
-    with (out / LOCK).open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{out}: another run is active here; wait for it or choose another --out") from None
-        try:
-            yield
-        finally:
-            if os.listdir(out) == [LOCK]:  # nothing was saved
-                (out / LOCK).unlink()
-                if is_new:
-                    out.rmdir()
+    file = (out / "training.lock").open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"{out}: another run is active here; choose another --out") from None
+    return file
 
 
 def start_or_resume(flags: dict[str, Any]) -> RunState:
@@ -55,7 +46,7 @@ def start_or_resume(flags: dict[str, Any]) -> RunState:
         saved = read_state(out)
         if not saved.step and not saved.eval_before:
             return state  # interrupted before anything was computed
-    if has_adapter(out) or any(os.path.lexists(out / name) for name in (STATE, QUESTIONS, METRICS, REPORT)):
+    if has_adapter(out) or any(os.path.lexists(out / name) for name in (QUESTIONS, METRICS, REPORT)):
         raise UserError(f"{out}: already contains a run or an adapter; use --resume or another --out")
     return state
 
@@ -64,12 +55,12 @@ def resume(flags: dict[str, Any]) -> RunState:
     """Return the saved state with the flags that may change. Raises UserError if another flag differs."""
     out = flags.get("out", TrainConfig.out)
     state = read_state(Path(out))
-    # A saved path belongs to the directory in which the run was started.
-    saved = {name: getattr(state.config, name) for name in INPUTS}
-    paths = {name: os.path.join(state.directory, path) if path else "" for name, path in saved.items()}
-    changes: dict[str, Any] = {name: path if os.path.exists(path) else saved[name] for name, path in paths.items()}
-    changes |= {name: flags[name] for name in ("accumulate", "recompute", *INPUTS) if name in flags}
+    changes = {name: flags[name] for name in ("accumulate", "recompute", *INPUTS) if name in flags}
     changes |= {"out": out, "resume": True, "compile": flags.get("compile", False)}
+    for name in INPUTS:  # a saved path belongs to the directory in which the run was started
+        path = getattr(state.config, name)
+        original = os.path.join(state.directory, path) if path else ""
+        changes.setdefault(name, original if os.path.exists(original) else path)
     state.config, state.directory = dataclasses.replace(state.config, **changes), os.getcwd()
     settings = dataclasses.asdict(state.config) | dataclasses.asdict(state.adapter)
     for name, value in flags.items():
@@ -77,13 +68,16 @@ def resume(flags: dict[str, Any]) -> RunState:
     return state
 
 
-def check_inputs(state: RunState, hashes: dict[str, str]) -> None:
-    """Raise UserError unless base, training and evaluation data have the content that the run was started with."""
-    for name in INPUTS:
+def hash_inputs(state: RunState) -> None:
+    """Store the hashes of base, training and evaluation data. Raises UserError if a resumed run has other ones."""
+    config, saved = state.config, state.input_hashes
+    state.input_hashes = {"base": checkpoint_hash(config.base), "data": hash_files(config.data)}
+    state.input_hashes["eval"] = hash_files(config.eval) if config.eval else ""
+    for name in saved:
         check(
-            state.input_hashes.get(name) == hashes[name],
-            f"--resume: {getattr(state.config, name) or '(none)'} is not the --{name} with which the run in "
-            f"{state.config.out} was started; pass the path of the original as --{name}",
+            saved[name] == state.input_hashes.get(name),
+            f"--resume: {getattr(config, name) or '(none)'} is not the --{name} with which the run in {config.out} was "
+            f"started; pass the path of the original as --{name}",
         )
 
 

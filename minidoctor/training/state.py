@@ -28,9 +28,9 @@ from minidoctor.evaluate.summary import Summary
 from minidoctor.expert_queue import ExpertQueue
 from minidoctor.files.safetensors import read_header, write_tensors
 from minidoctor.model import Model, adapter_state, trainable_parameters
+from minidoctor.training.log import ExpertLoad
 
 STATE, QUESTIONS = "training_state.safetensors", "training_questions.safetensors"
-MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # AdamW's state of one parameter
 
 
 @dataclass
@@ -42,7 +42,7 @@ class RunState:
     step: int = 0  # steps done
     seconds: float = 0.0  # spent in them
     tokens: int = 0  # processed in them, without padding
-    expert_load: tuple[tuple[float, ...], ...] = ()  # (L, E), mean over the steps of the last printed line
+    expert_load: ExpertLoad = ()  # mean over the steps of the last printed line
     eval_before: Summary | None = None
     input_hashes: dict[str, str] = field(default_factory=dict)  # of base, data and eval; empty before the first save
     directory: str = field(default_factory=os.getcwd)  # of the program; relative paths of `config` belong to it
@@ -67,24 +67,21 @@ def state_tensors(components: Components, moments: Mapping[int, Mapping[str, Ten
     return tensors
 
 
-def encode(state: RunState) -> str:
-    return json.dumps(dataclasses.asdict(state))
-
-
 def save(components: Components, state: RunState) -> None:
     """Write the training state, then the adapter. Raises OSError."""
     out = Path(state.config.out)
     tensors = state_tensors(components, components.optimizer.state_dict()["state"])
-    write_tensors(out / STATE, tensors, {"run": encode(state)})
+    write_tensors(out / STATE, tensors, {"run": json.dumps(dataclasses.asdict(state))})
     write_tensors(out / ADAPTER, adapter_state(components.model), {"format": "pt"})
 
 
 def restore(components: Components, state: RunState) -> None:
     """Copy the saved tensors into model, optimizer and queue. Raises UserError if they do not fit."""
-    moments: dict[int, dict[str, Tensor]] = {}
+    moments = {}
     for i, p in enumerate(trainable_parameters(components.model).values()):
         if state.step:  # before the first step AdamW has no state
-            moments[i] = {key: torch.zeros(()) if key == "step" else torch.zeros_like(p) for key in MOMENTS}
+            zeros = torch.zeros_like(p)
+            moments[i] = {"step": torch.zeros(()), "exp_avg": zeros, "exp_avg_sq": zeros.clone()}
     load_into(state_tensors(components, moments), Path(state.config.out) / STATE)
     groups = components.optimizer.state_dict()["param_groups"]
     components.optimizer.load_state_dict({"state": moments, "param_groups": groups})
@@ -99,7 +96,7 @@ def read_state(out: Path) -> RunState:
     try:
         run = json.loads(metadata["run"])
         state: RunState = from_json(RunState, run)
-        if json.loads(encode(state)) != run:  # a missing field would silently have its default
+        if json.loads(json.dumps(dataclasses.asdict(state))) != run:  # a missing field would silently have its default
             raise KeyError("missing fields")
         return state
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:

@@ -1,7 +1,6 @@
 import pytest
 import torch
 
-from minidoctor.batching import Example, micro_batches
 from minidoctor.config import AdapterConfig, ModelConfig, TrainConfig
 from minidoctor.model import Model
 from minidoctor.step import make_queue
@@ -11,7 +10,6 @@ from minidoctor.training.memory import (
     estimate,
     format_estimate,
     free_memory,
-    largest_micro_batch,
 )
 
 CONFIG = ModelConfig(vocab_size=50, dim=48, n_layers=3, n_heads=4, n_kv_heads=2, head_dim=12, ffn_dim=96)
@@ -63,19 +61,6 @@ def test_contrast_and_logits_have_a_fixed_size():
     assert many["logits"] < 2 * few["logits"]
     assert many["activations"] == 64 * few["activations"]
     assert estimate(model, None, config, 1024, 512)["contrast"] == 0
-
-
-@pytest.mark.parametrize(("batch_size", "accumulate"), [(2, 1), (3000, 1), (3000, 9), (3000, 2)])
-def test_the_largest_micro_batch_is_bounded_by_the_examples(batch_size, accumulate):
-    examples = [Example([1] * n, [-100] * (n - 2) + [1] * 2) for n in (9, 5, 5, 3, 3)]
-    config = TrainConfig(batch_size=batch_size, accumulate=accumulate)
-    bounds = largest_micro_batch(examples, config)
-    batches = micro_batches(examples[:batch_size], accumulate)
-    largest = max(batch.tokens.numel() for batch in batches), max(len(batch.answer_positions) for batch in batches)
-    if accumulate == 2:  # the longest example is in a micro-batch of two, the other one has three
-        assert (bounds, largest) == ((27, 6), (18, 6))
-    else:
-        assert bounds == largest
 
 
 def test_the_estimate_warns_with_advice_if_memory_is_short():
