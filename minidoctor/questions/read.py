@@ -23,13 +23,20 @@ class Questions(NamedTuple):
     malformed: list[str]  # "file:line: reason" of each skipped record, and the number of unused answers
 
 
-def read_questions(path: str | Path, answers_file: str | Path | None = None) -> Questions:
-    """Read a file, or all files of a directory, optionally with CMB's file of answers.
+def read_questions(
+    path: str | Path, answers_file: str | Path | None = None, on_read: Callable[[bytes], None] = lambda text: None
+) -> Questions:
+    """Read a file, pipe, or all files of a directory, optionally with CMB's file of answers.
 
+    `on_read` gets the text of each file, in UTF-8 without a byte order mark: a pipe cannot be read again to hash it.
     Raises FileNotFoundError, or UserError if a file has none of the formats or no question.
     """
     answers = exams.read_answers(Path(answers_file)) if answers_file else {}
-    files = [read_file(file, answers) for file in list_question_files(Path(path))]
+    files = []
+    for file in list_question_files(Path(path)):
+        text = read_text(file, pipe=True)
+        on_read(text.encode())
+        files.append(parse_file(file, text, answers))
     rows = [row for file in files for row in file.rows]
     malformed = [message for file in files for message in file.malformed]
     if unused := len(answers.keys() - {row.id for row in rows if row.exam == "cmb"}):
@@ -56,9 +63,8 @@ def list_question_files(path: Path) -> list[Path]:
     return files
 
 
-def read_file(path: Path, answers: dict[str, dict[str, Any]]) -> Questions:
-    """Read one file. `answers` are CMB's by id."""
-    text = read_text(path)
+def parse_file(path: Path, text: str, answers: dict[str, dict[str, Any]]) -> Questions:
+    """Parse the text of one file. `answers` are CMB's by id."""
     start = text[:1000].lstrip()
     header = {name.strip() for name in next(csv.reader(split_lines(start)[:1]), [])}
     if start.startswith("["):

@@ -3,7 +3,9 @@
 import csv
 import io
 import json
+import os
 import random
+import threading
 
 import pytest
 from benchmark_files import BOM, CMB, CMEXAM, EXPECTED, NAMES, RECORDS, format_file
@@ -153,6 +155,17 @@ def test_a_missing_file_is_reported(tmp_path, write):
             read_questions(write(text, "rows.jsonl"))
 
 
+def test_a_pipe_is_read_once_and_its_text_passed_on(tmp_path):
+    pipe, texts = tmp_path / "pipe", []
+    os.mkfifo(pipe)
+    writer = threading.Thread(target=pipe.write_bytes, args=((BOM + JSON_LINES).encode(),))
+    writer.start()
+    questions = read_questions(pipe, on_read=texts.append)
+    writer.join()
+    assert len(questions.rows) == len(JSON_ROWS)
+    assert texts == [JSON_LINES.encode()]
+
+
 def test_read_rows_allows_no_malformed_record(write):
     path = write(TEXTS["cmexam"], "val.csv")
     assert read_rows(path) == EXPECTED["cmexam"]
@@ -187,8 +200,8 @@ def test_a_directory_without_question_files_is_rejected(write, tmp_path, name):
 
 def test_one_file_without_questions_fails_its_directory(write, tmp_path):
     write(TEXTS["cmmlu"], "q/a.csv")
-    write("a,b\n1,2\n", "q/b.csv")
-    with pytest.raises(UserError, match=r"b\.csv: the columns are"):
+    write("a,b\n1,2\n", "q/b.CSV")
+    with pytest.raises(UserError, match=r"b\.CSV: the columns are"):
         read_questions(tmp_path / "q")
 
 
