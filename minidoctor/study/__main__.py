@@ -41,10 +41,19 @@ def settings(name: str, config: AblationConfig) -> dict[str, Any]:
     return {"config": asdict(config), "variant": asdict(VARIANTS[name])}
 
 
-def run_and_store(name: str, seed: int, config: AblationConfig, path: Path) -> None:
-    """Run one variant and seed in this process, on one core."""
+def run_and_store(name: str, seed: int, config: AblationConfig, path: Path) -> str:
+    """Run one variant and seed in this process, on one core. Return an error message, or "" if the run is stored.
+
+    An error that is a fault of the code is raised.
+    """
     torch.set_num_threads(1)
-    write_json(path, {**settings(name, config), "run": asdict(run_variant(name, seed, config))})
+    try:
+        write_json(path, {**settings(name, config), "run": asdict(run_variant(name, seed, config))})
+    except Exception as error:
+        if exit_code(error) is None:
+            raise
+        return f"{name}, seed {seed}: {error}"
+    return ""
 
 
 def read_run(path: Path, config: AblationConfig) -> RunResult:
@@ -67,33 +76,22 @@ def read_stored(out: Path, config: AblationConfig) -> list[RunResult]:
     return sorted(runs, key=lambda result: (order.index(result.variant), result.seed))
 
 
-def run_missing(jobs: list[tuple[str, int, AblationConfig, Path]], n_processes: int, n_stored: int) -> list[str]:
-    """Run the jobs in parallel and return a message for each that failed. A failure does not stop the other jobs.
-
-    An error that is a fault of the code is raised with its traceback.
-    """
-    context, failures = multiprocessing.get_context("spawn"), []
+def run_missing(jobs: list[tuple[str, int, AblationConfig, Path]], n_processes: int) -> list[str]:
+    """Run the jobs in parallel and return the messages of those that failed. A failure does not stop the others."""
+    context, ignore = multiprocessing.get_context("spawn"), (signal.SIGINT, signal.SIG_IGN)
     # A process per run, so that its peak memory does not include that of earlier runs. Ctrl-C is left to this process.
-    ignore = signal.SIGINT, signal.SIG_IGN
-    pool = ProcessPoolExecutor(n_processes, context, signal.signal, ignore, max_tasks_per_child=1)
-    with pool, tqdm(total=len(jobs) + n_stored, initial=n_stored, desc="runs") as progress:
-        titles = {pool.submit(run_and_store, *job): f"{job[0]}, seed {job[1]}" for job in jobs}
+    with ProcessPoolExecutor(n_processes, context, signal.signal, ignore, max_tasks_per_child=1) as pool:
+        futures = [pool.submit(run_and_store, *job) for job in jobs]
         try:
-            for future in as_completed(titles):
-                error = future.exception()
-                if isinstance(error, BrokenProcessPool):
-                    raise UserError("the process of a run was killed, perhaps for lack of memory; lower --jobs")
-                if error and exit_code(error) is None:
-                    raise error
-                failures += [f"{titles[future]}: {error}"] if error else []
-                progress.set_postfix_str(titles[future], refresh=False)
-                progress.update()
+            messages = [future.result() for future in tqdm(as_completed(futures), total=len(jobs), desc="runs")]
+        except BrokenProcessPool:
+            raise UserError("the process of a run was killed, perhaps for lack of memory; lower --jobs") from None
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             for process in multiprocessing.active_children():
                 process.terminate()
             raise
-    return failures
+    return list(filter(None, messages))
 
 
 def ablate(out: Path, names: list[str], n_seeds: int, n_jobs: int, config: AblationConfig) -> Summary:
@@ -111,7 +109,7 @@ def ablate(out: Path, names: list[str], n_seeds: int, n_jobs: int, config: Ablat
     chosen = [(name, seed) for seed in range(n_seeds) for name in names]
     missing = [job for job in chosen if job not in {(result.variant, result.seed) for result in stored}]
     jobs = [(name, seed, config, run_path(out, name, seed)) for name, seed in missing]
-    failures = run_missing(jobs, min(n_jobs, len(jobs)), len(chosen) - len(jobs)) if jobs else []
+    failures = run_missing(jobs, min(n_jobs, len(jobs))) if jobs else []
     runs = read_stored(out, config)
     failure = f"{len(failures)} of {len(jobs)} runs failed, the others are stored: {'; '.join(failures):.500}"
     check(bool(runs), failure)

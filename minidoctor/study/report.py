@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import NamedTuple
 
 from minidoctor.config import UserError
 from minidoctor.files.json_files import read_object
@@ -37,20 +36,21 @@ class Summary:
     differences: dict[str, dict[str, Estimates]]  # by baseline and variant
 
 
-class Column(NamedTuple):
-    title: str
-    unit: str
-    measure: str
-    digits: int
-
-
-FREE_FORM, LOSS = Column("free-form", "%", "free_form", 1), Column("loss", "nats", "nll", 3)
-QUALITY = (Column("all", "%", "accuracy", 1), FREE_FORM, Column("choice", "%", "multiple_choice", 1), LOSS)
-SIZE = Column("trainable parameters", "", "trainable_parameters", 0)
-UNDERUSED = Column("underused experts", "", "underused_experts", 1)
-ROUTING = (Column("entropy", "", "load_entropy", 2), UNDERUSED, Column("topic", "bits", "topic_bits", 3))
-COST = (Column("churn", "%", "routing_churn", 1), Column("step", "s", "step_seconds", 3))
-ALL = (SIZE, *QUALITY, *ROUTING, *COST, Column("peak", "GiB", "peak_memory_gib", 2))
+# Title, unit and digits of each measure in a table
+MEASURES = {
+    "trainable_parameters": ("trainable parameters", "", 0),
+    "accuracy": ("accuracy", "%", 1),
+    "free_form": ("free-form", "%", 1),
+    "multiple_choice": ("multiple choice", "%", 1),
+    "nll": ("loss", "nats", 3),
+    "load_entropy": ("load entropy", "", 2),
+    "underused_experts": ("underused experts", "", 1),
+    "topic_bits": ("topic", "bits", 3),
+    "routing_churn": ("routing churn", "%", 1),
+    "step_seconds": ("step", "s", 3),
+    "peak_memory_gib": ("peak memory", "GiB", 2),
+}
+QUALITY = ("accuracy", "free_form", "multiple_choice", "nll")  # measures whose differences are estimated
 
 
 def read_runs(path: Path) -> list[RunResult]:
@@ -83,17 +83,18 @@ def summarize(runs: list[RunResult]) -> Summary:
         seeds = sorted(values.keys() & by_seed.get(baseline, {}).keys())
         pairs = [(values[seed], by_seed[baseline][seed]) for seed in seeds]
         if name != baseline and pairs:
-            keys = [column.measure for column in QUALITY if column.measure in pairs[0][0]]
+            keys = [key for key in QUALITY if key in pairs[0][0]]
             estimates = {key: estimate([a[key] - b[key] for a, b in pairs]) for key in keys}
             differences.setdefault(baseline, {})[name] = estimates
     return Summary({name: len(values) for name, values in by_seed.items()}, measures, differences)
 
 
-def format_estimate(value: Estimate | None, column: Column, signed: bool) -> str:
+def format_estimate(value: Estimate | None, key: str, signed: bool) -> str:
     """Format a mean with half the width of its interval, or a difference with both bounds."""
     if value is None:
         return ""
-    scale, digits = 100 if column.unit == "%" else 1, column.digits
+    _, unit, digits = MEASURES[key]
+    scale = 100 if unit == "%" else 1
     text = f"{scale * value.mean:{'+' if signed else ','}.{digits}f}"
     low, high = (scale * bound for bound in value.interval or (0, 0))
     if signed and value.interval:
@@ -104,17 +105,18 @@ def format_estimate(value: Estimate | None, column: Column, signed: bool) -> str
 def markdown_table(
     summary: Summary,
     baseline: str = BASELINE,
-    columns: Sequence[Column] = (SIZE, FREE_FORM, LOSS, UNDERUSED),
-    differences: Sequence[Column] = (FREE_FORM, LOSS),
+    measures: Sequence[str] = ("trainable_parameters", "free_form", "nll", "underused_experts"),
+    differences: Sequence[str] = ("free_form", "nll"),
 ) -> str:
-    """Return a row per variant: its number of seeds, means of `columns`, paired `differences` to the baseline."""
-    titles = ["variant", "seeds", *(", ".join(filter(None, (c.title, c.unit))) for c in columns)]
-    titles += [f"{c.title} minus `{baseline}`, {'points' if c.unit == '%' else c.unit}" for c in differences]
-    rows = [titles]
-    for name, measures in summary.measures.items():
-        difference = summary.differences.get(baseline, {}).get(name, {})
-        cells = [format_estimate(measures.get(c.measure), c, signed=False) for c in columns]
-        cells += [format_estimate(difference.get(c.measure), c, signed=True) for c in differences]
+    """Return a row per variant: its number of seeds, means of `measures`, paired `differences` to the baseline."""
+    titles = [", ".join(filter(None, MEASURES[key][:2])) for key in measures]
+    for title, unit, _ in (MEASURES[key] for key in differences):
+        titles.append(f"{title} minus `{baseline}`, {'points' if unit == '%' else unit}")
+    rows = [["variant", "seeds", *titles]]
+    for name, estimates in summary.measures.items():
+        paired = summary.differences.get(baseline, {}).get(name, {})
+        cells = [format_estimate(estimates.get(key), key, signed=False) for key in measures]
+        cells += [format_estimate(paired.get(key), key, signed=True) for key in differences]
         rows.append([name, str(summary.seeds[name]), *cells])
     filled = [column for column in zip(*rows, strict=True) if any(column[1:])]
     widths = [max(map(len, column)) for column in filled]
@@ -125,7 +127,7 @@ def markdown_table(
 
 def full_report(summary: Summary) -> str:
     """Return a table of all measures, and one of the differences to each baseline."""
-    tables = [markdown_table(summary, columns=ALL, differences=())]
+    tables = [markdown_table(summary, measures=tuple(MEASURES), differences=())]
     return "\n\n".join(tables + [markdown_table(summary, name, (), QUALITY) for name in summary.differences])
 
 

@@ -21,8 +21,7 @@ from minidoctor.questions.read import read_rows
 from minidoctor.questions.rows import Row
 from minidoctor.router import Router
 from minidoctor.step import compute_losses, make_optimizer, make_queue, train_step
-from minidoctor.study.losses import compute_losses_in_batch
-from minidoctor.study.variants import VARIANTS, AblationConfig, adapter_config, train_config
+from minidoctor.study.variants import VARIANTS, AblationConfig, adapter_config, compute_losses_in_batch, train_config
 from minidoctor.text.tokenizer import Tokenizer, encode_conversation, load_tokenizer
 from minidoctor.training.log import peak_memory_gib
 

@@ -72,8 +72,8 @@ def test_file_names_that_are_not_utf8_are_stored(ablation_config, tmp_path, prog
 
 
 def test_failed_run_is_reported_and_does_not_stop_the_others(ablation_config, tmp_path, capsys, in_this_process):
-    diverging = replace(ablation_config, lr=1e9, steps=8)  # plain LoRA has another rate
-    with pytest.raises(UserError, match=r"1 of 2 .*\+ balance, seed 0: .*--lr"):
+    diverging = replace(ablation_config, lr=1e9, steps=8)  # plain LoRA has another learning rate
+    with pytest.raises(UserError, match=r"1 of 2 .*\+ balance, seed 0: .*not finite"):
         ablate(tmp_path, [BASELINE, LORA], 1, 1, diverging)
     assert [path.stem for path in (tmp_path / "runs").iterdir()] == ["LoRA_same_trainable_parameters-0"]
     assert LORA in capsys.readouterr().out

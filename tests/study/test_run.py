@@ -3,10 +3,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+from minidoctor.config import UserError
 from minidoctor.model import adapter_state, trainable_parameters
 from minidoctor.study import run as study_run
 from minidoctor.study.run import run_variant
-from minidoctor.study.variants import BASELINE, QUEUE, VARIANTS
+from minidoctor.study.variants import BASELINE, LORA, QUEUE, VARIANTS
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -48,6 +49,17 @@ def test_frozen_random_router_is_not_trainable(ablation_config, monkeypatch):
         run_variant(name, 0, ablation_config)
     frozen, trained = trainable
     assert trained - frozen == {key for key in trained if ".router." in key} != set()
+
+
+def test_non_finite_loss_raises_with_variant_and_seed(ablation_config, monkeypatch):
+    train_step = study_run.train_step
+
+    def spy(*arguments):
+        return train_step(*arguments)._replace(losses={"lm": torch.tensor(torch.nan)})
+
+    monkeypatch.setattr(study_run, "train_step", spy)
+    with pytest.raises(UserError, match=r"LoRA, same trainable parameters, seed 3: .*--lr"):
+        run_variant(LORA, 3, ablation_config)
 
 
 def test_loss_only_measures_the_same_loss_without_accuracies(ablation_config):
