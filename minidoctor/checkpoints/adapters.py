@@ -119,7 +119,6 @@ def load(
     """
     if adapter and chat_format == "auto":
         chat_format = read_chat_format(adapter)
-    base = follow_snapshot(base)
     tokenizer = load_tokenizer(base, chat_format)
     check(not chats or tokenizer.format is not None, tokenizer.note)  # before gigabytes are read
     model = load_adapted_model(base, adapter, dtype, device) if adapter else load_model(base, dtype, device)
