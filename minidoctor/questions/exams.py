@@ -16,7 +16,7 @@ from pathlib import Path
 from string import ascii_uppercase
 from typing import Any
 
-from minidoctor.config import UserError
+from minidoctor.config import UserError, check
 from minidoctor.files.json_files import read_text, split_lines, unique_keys
 from minidoctor.questions.json_rows import check_keys, parse_json_list
 from minidoctor.questions.rows import Row, make_row, parse_options, require_text
@@ -50,8 +50,7 @@ def parse_csv(path: Path, text: str) -> list[tuple[int, dict[str, str]]]:
 
 def parse_csv_record(stem: str, number: int, record: dict[str, str]) -> Row:
     """Return the row of a record of CMMLU or CMExam. Several letters may be correct if the answer has several."""
-    if not record:
-        raise UserError("not as many cells as columns")
+    check(bool(record), "not as many cells as columns")
     question, answer = require_text(record, "Question").strip(), require_text(record, "Answer")
     if "A" in record:  # columns beyond D, if any, may be empty
         columns = takewhile(record.__contains__, ascii_uppercase)
@@ -77,21 +76,19 @@ def parse_option_lines(text: str) -> dict[str, str]:
 
 def parse_cmb_record(number: int, record: Any, answers: dict[str, dict[str, Any]]) -> Row:
     """Return the row of a record of CMB, completed by its entry in the file of answers."""
-    if not isinstance(record, dict):
-        raise UserError(f"expected a JSON object, got {type(record).__name__}")
-    if "question" not in record and "answer" in record:
-        raise UserError("an answer without a question; pass a file of answers with --answers")
+    check(isinstance(record, dict), f"expected a JSON object, got {type(record).__name__}")
+    only_answer = "question" not in record and "answer" in record
+    check(not only_answer, "an answer without a question; pass a file of answers with --answers")
     check_keys(record, {"question", "option", "answer"}, "CMB")
     published = answers.get(str(record.get("id")), {})
     record = published | {key: value for key, value in sort_answer(record).items() if value or key not in published}
     for key in (*CMB_FIELDS, "answer"):
-        if published.get(key) and published[key] != record[key]:
-            raise UserError(f"{key} is {record[key]!r:.40}, in the file of answers {published[key]!r:.40}")
-    if not isinstance(record.get("option"), dict):
-        raise UserError('no "option"')
+        theirs = published.get(key) or record.get(key)
+        check(record.get(key) == theirs, f"{key} is {record.get(key)!r:.40}, in the file of answers {theirs!r:.40}")
+    answer = record.get("answer") or ""
+    check(isinstance(answer, str), f'"answer" must be letters, got {answer!r:.40}')
+    check(isinstance(record.get("option"), dict), 'no "option"')
     options = {letter: text for letter, text in record["option"].items() if text != ""}  # a fifth one may be empty
-    if not isinstance(answer := record.get("answer") or "", str):
-        raise UserError(f'"answer" must be letters, got {answer!r:.40}')
     question, letters = require_text(record, "question").strip(), parse_options(options, answer)
     metadata = {key: require_text(record, key) for key in CMB_FIELDS if record.get(key)}
     fields: dict[str, Any] = {"exam": "cmb", "topic": metadata.get("exam_subject", ""), "metadata": metadata}
@@ -108,13 +105,11 @@ def sort_answer(record: dict[str, Any]) -> dict[str, Any]:
 def read_answers(path: Path) -> dict[str, dict[str, Any]]:
     """Return CMB's answers by the id of their question. Raises FileNotFoundError or UserError."""
     expected, text = '{"id": ..., "answer": "A"}', read_text(path)
-    if not text.lstrip().startswith("["):
-        raise UserError(f"{path}: expected a JSON list of {expected}")
+    check(text.lstrip().startswith("["), f"{path}: expected a JSON list of {expected}")
     answers: dict[str, dict[str, Any]] = {}
     for line, record in parse_json_list(path, text):
-        if not isinstance(record, dict) or not isinstance(record.get("answer"), str) or "id" not in record:
-            raise UserError(f"{path}:{line}: expected {expected}, got {record!r:.60}")
-        if str(record["id"]) in answers:
-            raise UserError(f"{path}:{line}: a second answer for question {record['id']!r:.40}")
+        is_answer = isinstance(record, dict) and isinstance(record.get("answer"), str) and "id" in record
+        check(is_answer, f"{path}:{line}: expected {expected}, got {record!r:.60}")
+        check(str(record["id"]) not in answers, f"{path}:{line}: a second answer for question {record['id']!r:.40}")
         answers[str(record["id"])] = sort_answer(record)
     return answers

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from minidoctor.config import UserError
+from minidoctor.config import UserError, check
 from minidoctor.files.json_files import split_lines, unique_keys
 from minidoctor.questions.rows import Row, conversation, is_blank, make_row, optional_text, parse_options, require_text
 
@@ -35,8 +35,7 @@ ENTRY = re.compile(r"[^\s,]")  # the first character of an entry in a JSON list,
 
 def parse_row(record: Any, default_id: str) -> Row:
     """Return the row of one JSON object. Raises UserError."""
-    if not isinstance(record, dict):
-        raise UserError(f"expected a JSON object, got {type(record).__name__}")
+    check(isinstance(record, dict), f"expected a JSON object, got {type(record).__name__}")
     kind = next((key for key in FORMATS if record.get(key) is not None), "question")
     check_keys(record, FORMATS[kind], f'a row with "{kind}"')
     if kind == "question":
@@ -57,32 +56,32 @@ def parse_row(record: Any, default_id: str) -> Row:
 def check_keys(record: Mapping[str, Any], supported: set[str], where: str) -> None:
     """Raise UserError for a key that would be lost, unless its value is null or empty."""
     for key, value in record.items():
-        meaningful = key in PLAIN or key in FORMATS or MEANINGFUL.fullmatch(key)
-        if meaningful and key not in supported and not is_blank(value) and value not in ([], {}):
-            raise UserError(f'"{key}" is not supported in {where} and would be lost; remove it or put it into the text')
+        lost = key not in supported and (key in PLAIN or key in FORMATS or MEANINGFUL.fullmatch(key))
+        message = f'"{key}" is not supported in {where} and would be lost; remove it or put it into the text'
+        check(not lost or is_blank(value) or value in ([], {}), message)
 
 
 def parse_messages(messages: Any) -> list[dict[str, str]]:
     """Return a conversation that contains a user's message and ends with the assistant's. Raises UserError."""
-    if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) for m in messages):
-        raise UserError('the messages must be a list of {"role", "content"} or {"from", "value"}')
+    is_list = isinstance(messages, list) and len(messages) > 0 and all(isinstance(m, dict) for m in messages)
+    check(is_list, 'the messages must be a list of {"role", "content"} or {"from", "value"}')
     parsed = []
     for message in messages:
         check_keys(message, set(), "a message")
         role_key, text_key = ("from", "value") if "from" in message else ("role", "content")
-        if require_text(message, role_key) not in ROLES:
-            raise UserError(f'"{role_key}" must be one of {", ".join(ROLES)}, got {message[role_key]!r:.40}')
-        parsed.append({"role": ROLES[message[role_key]], "content": require_text(message, text_key)})
-    if parsed[-1]["role"] != "assistant" or all(message["role"] != "user" for message in parsed):
-        raise UserError("the messages must contain a user's and end with the assistant's")
+        role = require_text(message, role_key)
+        check(role in ROLES, f'"{role_key}" must be one of {", ".join(ROLES)}, got {role!r:.40}')
+        parsed.append({"role": ROLES[role], "content": require_text(message, text_key)})
+    complete = parsed[-1]["role"] == "assistant" and any(message["role"] == "user" for message in parsed)
+    check(complete, "the messages must contain a user's and end with the assistant's")
     return parsed
 
 
 def parse_history(history: Any) -> list[dict[str, str]]:
     """Return the messages of earlier turns, a list of [user, assistant]. Raises UserError."""
     turns = history or []
-    if not isinstance(turns, list) or not all(isinstance(turn, list) and len(turn) == 2 for turn in turns):
-        raise UserError('"history" must be a list of [user, assistant]')
+    are_pairs = isinstance(turns, list) and all(isinstance(turn, list) and len(turn) == 2 for turn in turns)
+    check(are_pairs, '"history" must be a list of [user, assistant]')
     texts = [[require_text({"history": text}, "history") for text in turn] for turn in turns]
     return [message for turn in texts for message in conversation(*turn)]
 

@@ -23,7 +23,7 @@ OPTION = re.compile(r"^[A-Z]\s*[.、:)]\s*(.+)$", re.MULTILINE)  # a line "A. te
 
 def normalize_question(text: str) -> str:
     """Return the letters, digits and signs of a text in NFKC, case-folded."""
-    text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).lower())
+    text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
     text = SPACES.sub("", " ".join(DASHES.sub("-", text).split()))
     signs = {match.start() for match in SIGNS.finditer(text)}
     # Letters, marks, numbers and symbols stay; other punctuation and characters without width do not.

@@ -44,14 +44,6 @@ def read_questions(
     return Questions(rows, malformed)
 
 
-def read_rows(path: str | Path) -> list[Row]:
-    """Read questions none of which may be malformed. Raises FileNotFoundError or UserError."""
-    rows, malformed = read_questions(path)
-    if malformed:
-        raise UserError(malformed[0])
-    return rows
-
-
 def list_question_files(path: Path) -> list[Path]:
     """Return the path itself, or the question files of a directory. Raises FileNotFoundError if there is none."""
     if not path.is_dir():

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from minidoctor.config import UserError
+from minidoctor.config import check
 
 INVISIBLE = {"Zs", "Zl", "Zp", "Cc", "Cf"}  # Unicode categories of white space, control and zero-width characters
 
@@ -35,13 +35,11 @@ def is_blank(value: Any) -> bool:
 
 def require_text(record: Mapping[str, Any], key: str) -> str:
     """Return the text of a field. Raises UserError if it is missing, not text or blank."""
-    if key not in record:
-        raise UserError(f'no "{key}"')
+    check(key in record, f'no "{key}"')
     text = record[key]
-    if not isinstance(text, str) or is_blank(text):
-        raise UserError(f'"{key}" must be text, got {text!r:.40}')
-    if not text.isascii() and re.search("[\ud800-\udfff]", text):
-        raise UserError(f'"{key}" contains half a character (a lone surrogate): {text!r:.40}')
+    check(isinstance(text, str) and not is_blank(text), f'"{key}" must be text, got {text!r:.40}')
+    complete = text.isascii() or not re.search("[\ud800-\udfff]", text)
+    check(complete, f'"{key}" contains half a character (a lone surrogate): {text!r:.40}')
     return text
 
 
@@ -55,15 +53,13 @@ def parse_options(options: Any, answer: str) -> str:
 
     Raises UserError unless the options have one capital letter each and the answer consists of some of them.
     """
-    if not isinstance(options, dict) or len(options) < 2:
-        raise UserError('"options" must be an object with at least two letters')
+    check(isinstance(options, dict) and len(options) > 1, '"options" must be an object with at least two letters')
     for letter in options:
-        if not re.fullmatch("[A-Z]", letter):
-            raise UserError(f"an option must have one capital letter, got {letter!r:.40}")
+        check(bool(re.fullmatch("[A-Z]", letter)), f"an option must have one capital letter, got {letter!r:.40}")
         require_text(options, letter)
     letters = "".join(sorted(answer.strip()))
-    if not set(letters) <= set(options) or len(set(letters)) != len(letters):
-        raise UserError(f'"answer" must be among the options {"".join(options)}, got {answer!r:.40}')
+    among = set(letters) <= set(options) and len(set(letters)) == len(letters)
+    check(among, f'"answer" must be among the options {"".join(options)}, got {answer!r:.40}')
     return letters
 
 

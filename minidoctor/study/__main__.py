@@ -26,7 +26,7 @@ from minidoctor.cli.flags import add_flags, from_flags
 from minidoctor.cli.main import exit_code, run
 from minidoctor.config import UserError, check
 from minidoctor.files.json_files import read_object, write_json
-from minidoctor.questions.read import read_rows
+from minidoctor.questions.read import read_questions
 from minidoctor.study.report import Summary, full_report, markdown_table, read_runs, summarize
 from minidoctor.study.run import RunResult, evaluation_rows, run_variant
 from minidoctor.study.variants import BASELINE, LORA, QUEUE, VARIANTS, AblationConfig
@@ -96,7 +96,7 @@ def run_missing(jobs: list[tuple[str, int, AblationConfig, Path]], n_processes: 
 
 def ablate(out: Path, names: list[str], n_seeds: int, n_jobs: int, config: AblationConfig) -> Summary:
     """Run the missing variants and seeds, then print and write the summary of all stored runs."""
-    evaluation_rows(config), read_rows(config.data)  # unreadable files end the program before the first process starts
+    evaluation_rows(config), read_questions(config.data)  # unreadable files end the program here
     stored = read_stored(out, config)
     summary_path, table_path = out / "ablation.json", out / "table.md"
     previous = read_runs(summary_path) if summary_path.exists() else []

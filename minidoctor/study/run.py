@@ -17,7 +17,7 @@ from minidoctor.evaluate.protocol import EvalConfig
 from minidoctor.losses import language_model_loss
 from minidoctor.model import Model, trainable_parameters
 from minidoctor.picture.statistics import Top1, label_information, load_statistics, mean_cosine_similarity, top1_experts
-from minidoctor.questions.read import read_rows
+from minidoctor.questions.read import read_questions
 from minidoctor.questions.rows import Row
 from minidoctor.router import Router
 from minidoctor.step import compute_losses, make_optimizer, make_queue, train_step
@@ -50,7 +50,7 @@ def run_variant(name: str, seed: int, config: AblationConfig) -> RunResult:
     for router in routers:
         router.requires_grad_(variant.trainable_router)
     train, rows = train_config(variant, config, seed), evaluation_rows(config)
-    examples = [e for e in encode(read_rows(config.data), tokenizer, config) if max(e.targets) != IGNORE]
+    examples = [e for e in encode(read_questions(config.data).rows, tokenizer, config) if max(e.targets) != IGNORE]
     batches = ShuffledBatches(examples, config.batch_size, seed).starting_at(0)
     optimizer, in_batch = make_optimizer(model, train), variant.contrast == "batch"
     queue, losses = (None, compute_losses_in_batch) if in_batch else (make_queue(model, train), compute_losses)
@@ -79,7 +79,7 @@ def run_variant(name: str, seed: int, config: AblationConfig) -> RunResult:
 
 
 def evaluation_rows(config: AblationConfig) -> list[Row]:
-    rows = read_rows(config.eval)
+    rows = read_questions(config.eval).rows
     n = min(config.eval_rows or len(rows), len(rows))
     return [rows[i * len(rows) // n] for i in range(n)]
 

@@ -19,12 +19,12 @@ from data.make_data import (
 )
 from minidoctor.checkpoints.hugging_face import load_model
 from minidoctor.questions.overlap import question_hash, training_hashes
-from minidoctor.questions.read import read_rows
+from minidoctor.questions.read import read_questions
 from minidoctor.text.tokenizer import load_tokenizer
 
 DEPARTMENTS, CONDITIONS = read_table()
 FILES = ("train", "dev", "heldout")
-ROWS = {name: read_rows(HERE / f"{name}.jsonl") for name in FILES}
+ROWS = {name: read_questions(HERE / f"{name}.jsonl").rows for name in FILES}
 
 
 @pytest.fixture(scope="module")

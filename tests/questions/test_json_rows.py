@@ -4,7 +4,7 @@ import pytest
 
 from minidoctor.config import UserError
 from minidoctor.questions.json_rows import parse_json_list, parse_row
-from minidoctor.questions.read import read_questions, read_rows
+from minidoctor.questions.read import read_questions
 
 CHOICE = {"question": "Which?", "options": {"A": "gout", "B": "asthma", "C": "flu"}, "answer": "B"}
 SYSTEM = {"role": "system", "content": "Short."}
@@ -175,16 +175,16 @@ def test_only_line_ends_end_a_json_line(write, separator):
     text = json.dumps(row, ensure_ascii=False)
     assert (separator in text) == (separator >= "\u0085")  # JSON escapes control characters
     path = write(f"{text}\n{json.dumps(PLAIN)}", "rows.jsonl")
-    assert [row.question for row in read_rows(path)] == [f"a{separator}b", "x"]
+    assert [row.question for row in read_questions(path).rows] == [f"a{separator}b", "x"]
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
 def test_every_line_end_ends_a_json_line(write, end):
     lines = [json.dumps(PLAIN), "", json.dumps(CHOICE), ""]
-    assert [row.id for row in read_rows(write(end.join(lines), "rows.jsonl"))] == ["1", "3"]
+    assert [row.id for row in read_questions(write(end.join(lines), "rows.jsonl")).rows] == ["1", "3"]
     path = write(end.join([*lines, "{"]), "rows.jsonl")
     with pytest.raises(UserError, match=r"rows\.jsonl:5: not JSON"):
-        read_rows(path)
+        read_questions(path)
 
 
 LISTED = [PLAIN, CHOICE, ALPACA, MESSAGES, {"conversations": share_gpt("x", "y")}]
@@ -198,7 +198,7 @@ def test_a_json_list_contains_the_rows_of_json_lines(rows_file, write, indent, n
     assert read_questions(write(json.dumps(LISTED, indent=indent), name)) == expected
     for record in LISTED:  # each format is recognized without the others
         (row,) = read_questions(write(json.dumps([record], indent=indent), name)).rows
-        assert row == read_rows(rows_file(record))[0]
+        assert [row] == read_questions(rows_file(record)).rows
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])

@@ -6,7 +6,7 @@ import unicodedata
 import pytest
 
 from minidoctor.questions.overlap import hash_question, question_hash, training_hashes
-from minidoctor.questions.read import read_questions, read_rows
+from minidoctor.questions.read import read_questions
 
 SAME = [
     ("Which test?", "which TEST"),
@@ -53,7 +53,7 @@ CHOICE = {"question": "Which?", "options": {"A": "gout", "B": "asthma", "C": "fl
 
 
 def hashes(rows_file, *rows):
-    return [question_hash(row) for row in read_rows(rows_file(*rows))]
+    return [question_hash(row) for row in read_questions(rows_file(*rows)).rows]
 
 
 def test_options_are_part_of_the_question_but_their_order_is_not(rows_file):
@@ -84,9 +84,9 @@ def test_every_turn_of_a_conversation_counts_as_trained_on(rows_file):
         {"messages": turns("asthma?", "uric acid", "why?", "crystals")},
         {"question": "asthma?", "answer": "x"},
     ]
-    (trained,) = [training_hashes(row) for row in read_rows(rows_file(conversation))]
+    (trained,) = [training_hashes(row) for row in read_questions(rows_file(conversation)).rows]
     assert [key in trained for key in hashes(rows_file, *asked)] == [True, True, True, False, False]
-    (row,) = read_rows(rows_file(CHOICE))
+    (row,) = read_questions(rows_file(CHOICE)).rows
     assert training_hashes(row) == {question_hash(row)}
 
 

@@ -12,7 +12,7 @@ from benchmark_files import BOM, CMB, CMEXAM, EXPECTED, NAMES, RECORDS, format_f
 
 from minidoctor.config import UserError
 from minidoctor.questions.exams import read_answers
-from minidoctor.questions.read import list_question_files, read_questions, read_rows
+from minidoctor.questions.read import list_question_files, read_questions
 
 JSON_ROWS = [
     {"question": "Which acid is measured in gout?", "answer": "uric acid", "explanation": None},
@@ -164,14 +164,6 @@ def test_a_pipe_is_read_once_and_its_text_passed_on(tmp_path):
     writer.join()
     assert len(questions.rows) == len(JSON_ROWS)
     assert texts == [JSON_LINES.encode()]
-
-
-def test_read_rows_allows_no_malformed_record(write):
-    path = write(TEXTS["cmexam"], "val.csv")
-    assert read_rows(path) == EXPECTED["cmexam"]
-    text, lines = format_file("cmexam", [*CMEXAM, CMEXAM[0][:1]])
-    with pytest.raises(UserError, match=rf"val\.csv:{lines[-1]}: "):
-        read_rows(write(text, "val.csv"))
 
 
 def test_a_directory_contains_the_questions_of_its_files_in_order(write, tmp_path):
