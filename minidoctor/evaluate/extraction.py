@@ -7,6 +7,7 @@ decides.
 
 1. The last statement of the answer ("答案是", "故选", "the answer is", "I choose"), with letters or one option's text.
 2. The reply begins with letters before punctuation, with restated options ("A. text"), or is the text of one option.
+3. One option is called correct and others wrong ("A错误，B正确").
 
 All options restated are the question repeated ("ABCDE" without texts is an answer). A letter with the text of another
 option is unreadable.
@@ -17,6 +18,14 @@ import unicodedata
 
 FOLD = str.maketrans("[{【「『〔《]}】」』〕》", "(((((((" + ")))))))", '"“”‘’`*_#$\u200b\ufeff')
 MAX_LENGTH = 20_000  # characters; only the last ones are read
+COMMA = r",\s?(?:and\s)?(?=\(?[A-Za-z]\)?(?:$|\s?[,、.;。)和及与都均两三\n]|\sand\b))"  # not in "C, A is wrong"
+AND = rf"(?:{COMMA}|\s?[、/&]\s?|\sand\s|\s?[和及与]\s?| |\n(?=[A-Z](?:\n|$)))"
+LETTER = r"\(?[A-Z](?![A-Za-z0-9])\)?"
+# One letter, or several, that end a sentence: "it is B" states an answer, "it is a B-cell lymphoma" does not.
+BARE = (
+    rf"(?={LETTER}(?:{AND}{LETTER})*"
+    r"\s?(?:[.。,;!]?\s*$|\(|[.。;]\s[A-Z\u4e00-\u9fff]|,?\s(?:because|since)\b|,?因))"
+)
 STATEMENT = re.compile(
     r"(?:(?<!错误)(?<!错误的)答案|(?<!不)正确的(?:选项)?|(?<!不)正确选项|最佳选择)(?:应该|应当|应)?[是为:]{0,2}"
     r"(?:选(?=\s?[A-Z]))?"
@@ -24,43 +33,62 @@ STATEMENT = re.compile(
     r"|(?:^|(?<=[\s,.;:。应该故题此以我则]))(?<!不.)选(?:择|:)?"
     r"|(?i:(?<!wrong )(?<!incorrect )(?<!not the )\banswers?\b|\b(?:correct|right|best|final|my) (?:option|choice)\b)"
     r"[^.:?\n]{0,40}?(?::|$|\b(?:is|are|be)\b)"
-    r"|(?i:(?<!if )\b(?:i|i'd|would|will|therefore,?|so) (?:choose|select|pick|go with)\b)|\\boxed",
+    r"|(?i:(?<!if )\b(?:i|i'd|would|will|therefore,?|so) (?:choose|select|pick|go with)\b)|\\boxed"
+    r"|(?i:(?<!n't think )(?<!not think )(?<!doubt )(?<!if )(?<!whether )\bit(?: is|'?s| must be| should be)"
+    rf"|\b(?:therefore|thus|hence|so),?|(?:\bnot|n't) \(?[A-Z]\)?,? but) {BARE}"
+    rf"|(?:因此|所以|综上|故|应该?是|应为|而是),? ?{BARE}",
     re.MULTILINE,
 )
 FILLER = re.compile(
     r"\)?(?:-\s)?[^\w.?!;。,、)-]*(?:(?i:(?:most )?likely|probably|definitely|options?|both)\b|选?项)?[^\w.?!;。,、)-]*"
 )
-COMMA = r",\s?(?:and\s)?(?=\(?[A-Za-z]\)?(?:$|\s?[,、.;。)和及与都均两三\n]|\sand\b))"  # not in "C, A is wrong"
-AND = rf"(?:{COMMA}|\s?[、/&]\s?|\sand\s|\s?[和及与]\s?| |\n(?=[A-Z](?:\n|$)))"
-LETTER = r"\(?[A-Z](?![A-Za-z0-9])\)?"
 # Atomic: the "A" of "A和B都不对" must not be read as the answer.
 LETTERS = re.compile(rf"(?>[A-Z]{{2,26}}(?![A-Za-z0-9])|{LETTER}(?:{AND}?{LETTER})*|(?i:{LETTER}(?:{AND}{LETTER})*))")
+NEGATIVE = r"错|不正确|不对|(?i:wrong|incorrect|not (?:correct|right))"
 # Text that can follow an answer: not in "B-cell", "A%", "A patient", "e.g.", "A. wrong".
-WRONG = r"(?![.、:)\s]{0,3}(?:选?项)?[:\s是都均]*(?i:is|are)?\s?(?:错|不正确|不对|(?i:wrong|incorrect)\b))"
+WRONG = rf"(?![.、:)\s]{{0,3}}(?:选?项)?[:\s是都均]*(?i:is|are)?\s?(?:{NEGATIVE}))"
 END = r"$|\n|[;。(]|,(?!\s?[A-Z]\s?(?:[,、或和]|or\b|and\b))|[.:、)](?!\w\.)|-\s|因|(?i:because|since)\b"
 STOP = re.compile(rf"{WRONG}(?:(?<=\))|\s?(?:{END}|[选两三]?项(?!\s?[:是有为])))")
 CORRECT = re.compile(r"(?:选?项)?(?:[是都]|\s(?:is|are)\s)*(?:the )?(?:正确|对|correct)(?: answer)?(?=$|[\s.。,;(因])")
+VERDICT = re.compile(
+    rf"(?<![A-Za-z0-9])([A-Z])\)?(?:选?项)?(?:\s?[,:]?\s?(?:is |是|都)?({NEGATIVE})"
+    r"|[,:]?\s?[是都]?(?:正确|对)|(?: is|:) (?i:correct|right)\b)"
+)
 BETWEEN = re.compile(r"[ \n.,;。、)]*")  # two restated options
 LABEL = re.compile(r"\(?([A-Za-z])(?![A-Za-z0-9])[.、:)\s]*")  # a letter before its option's text
 
 
 def read_letters(reply: str, options: dict[str, str]) -> str:
-    """Return the chosen letters in the order of the options, "" if the answer cannot be read."""
-    reply = reply[-MAX_LENGTH:].rpartition("</think>")[2]  # the prompt may have opened the block
-    if "<think>" in reply:
-        return ""
-    text = normalize(reply)
+    """Return the chosen letters in alphabetical order, "" if the answer cannot be read."""
+    text = normalize(final_answer(reply[-MAX_LENGTH:]))
     starts = [statement.end() for statement in STATEMENT.finditer(text)]
     texts = {letter: normalize(option).rstrip(".。;,").lower() for letter, option in options.items()}
     answers = (letters_at(text, start, texts) for start in (*reversed(starts), 0))
-    chosen = next((letters for letters in answers if letters is not None), "")
-    return "".join(letter for letter in options if letter in chosen) if set(chosen) <= set(options) else ""
+    chosen = next((letters for letters in answers if letters is not None), None)
+    if chosen is None:
+        chosen = only_correct(text)
+    return "".join(sorted(set(chosen))) if set(chosen) <= set(options) else ""
+
+
+def final_answer(reply: str) -> str:
+    """Return the text after the reasoning, "" if the reasoning does not end."""
+    answer = reply.rpartition("</think>")[2]  # the prompt may have opened the block
+    return "" if "<think>" in answer else answer
+
+
+def only_correct(text: str) -> str:
+    """Return the letter of the only option that is called correct where others are called wrong, otherwise ""."""
+    verdicts = [(letter, not negative) for letter, negative in VERDICT.findall(text)]
+    letters = {letter for letter, correct in verdicts if correct}
+    contrasted = len(letters) == 1 and any(not correct for _, correct in verdicts)
+    return letters.pop() if contrasted else ""
 
 
 def normalize(text: str) -> str:
     """Return the text in half width, with round brackets only, without Markdown and LaTeX, white space folded."""
     # Per character: sorting a long run of combining marks would take quadratic time.
     text = "".join(unicodedata.normalize("NFKC", character) for character in text)
+    text = re.sub(r"<(/?)answer>", lambda tag: "\n" if tag[1] else "\nanswer: ", text)
     text = re.sub(r"\\(?:text\w*|math\w*)", "", text).translate(FOLD)
     return re.sub(r"\s*\n\s*", "\n", re.sub(r"[^\S\n]+", " ", text)).strip()
 
@@ -93,10 +121,16 @@ def letters_at(text: str, start: int, texts: dict[str, str]) -> str | None:
 
 
 def continues(rest: str, letters: str, texts: dict[str, str]) -> bool:
-    """Return whether the next option follows, as in a list of all options with or without comments."""
+    """Return whether the next option follows, as in a list of all options with or without comments.
+
+    A next option that is called wrong, while these letters are not, does not make a list.
+    """
     order = "".join(texts)
     following = order[order.find(letters[-1]) + 1 :][:1]
-    return bool(following and re.search(rf"\s\W?{following}(?:[.、:)]|\s-\s)\s?\w", rest))
+    label = re.search(rf"\s\W?{following or '(?!)'}(?:[.、:)]|\s-\s)\s?\w[^\n.;。]*", rest)
+    if not label:
+        return False
+    return not re.search(NEGATIVE, label[0]) or re.search(NEGATIVE, rest[: label.start()]) is not None
 
 
 def option_at(text: str, at: int, texts: dict[str, str], whole: bool = False) -> str | None:

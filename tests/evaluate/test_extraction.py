@@ -9,7 +9,7 @@ ZH = {"A": "肺炎", "B": "维生素C", "C": "肺栓塞", "D": "CT", "E": "以�
 LISTED_EN = "\n".join(f"{letter}. {text}" for letter, text in EN.items())
 LISTED_ZH = "\n".join(f"{letter}. {text}" for letter, text in ZH.items())
 
-# Each table: what the model wrote, the letters read from it.
+# Tables of replies and the letters that must be read from them.
 STATED_EN = [
     ("The answer is C", "C"),
     ("The answer is: C) Pulmonary embolism", "C"),
@@ -69,6 +69,22 @@ STATED_EN = [
     ("Answer: ✅ C", "C"),
     (LISTED_EN + "\nAnswer: D", "D"),
     ("We have to find the correct answer:\n" + LISTED_EN + "\nThe answer is C.", "C"),
+    ("The answer is not A but B", "B"),
+    ("The answer is not A, but B.", "B"),
+    ("The answer is not (A) but rather (B) because of the fever", ""),
+    ("It isn't A but B.", "B"),
+    ("<answer>B</answer>", "B"),
+    ("A could fit.\n<answer>\n(B) Pneumonia\n</answer>\nA is an alternative.", "B"),
+    ("<answer>A</answer>? No: <answer>B, C</answer>", "BC"),
+    ("It is B", "B"),
+    ("It's B.", "B"),
+    ("I think it is B.", "B"),
+    ("I think it is B. The fever is typical.", "B"),
+    ("I think it is B because of the fever", "B"),
+    ("It must be (B)!", "B"),
+    ("Therefore, B.", "B"),
+    ("The fever is typical. Thus B", "B"),
+    ("Hence, A and B.", "AB"),
 ]
 STATED_ZH = [
     ("答案是C。", "C"),
@@ -125,6 +141,12 @@ STATED_ZH = [
     ("答案：C\n解析：患者应做B超检查，A型血，补充维生素A。", "C"),
     ("首先分析A选项：肺炎多有发热。B选项：维生素C无关。" * 50 + "故选C", "C"),
     ("下列正确的是（  ）\n" + LISTED_ZH + "\n答案：D", "D"),
+    ("答案不是A而是B", "B"),
+    ("不是A，而是B。", "B"),
+    ("因此，B。", "B"),
+    ("所以B", "B"),
+    ("应该是B。", "B"),
+    ("<answer>AB</answer>", "AB"),
 ]
 BEGINNING = [
     ("C", "C"),
@@ -180,6 +202,9 @@ BEGINNING = [
     ("A. Asthma; C. Pulmonary embolism", "AC"),
     ("D (not B)", "D"),
     ("C, A is wrong", "C"),
+    ("B. biopsy is the key test. C. CT scan is wrong", "B"),
+    ("B. Pneumonia, because of the fever. C. Pulmonary embolism is wrong.", "B"),
+    ("B. Pneumonia\nC. Pulmonary embolism is incorrect", "B"),
 ]
 RESTATED = [
     ("Pulmonary embolism", "C"),
@@ -197,9 +222,32 @@ VERDICTS = [
     ("A和C都正确", "AC"),
     ("A对，B错", "A"),
     ("Answer: C is the correct answer because A is not.", "C"),
+    ("A is wrong. B is correct. C is wrong.", "B"),
+    ("A is incorrect; B is right.", "B"),
+    ("A: wrong. B: correct.", "B"),
+    ("A错误，B正确", "B"),
+    ("A不正确，B正确。", "B"),
+    ("A项错，B项对", "B"),
 ]
 UNREADABLE_EN = [
-    "A is wrong. B is correct. C is wrong.",
+    "A. Asthma is wrong. B. Pneumonia is wrong.",
+    "A is wrong. B is correct. C is correct.",
+    "B is wrong. A right ventricular infarction is possible.",
+    "I don't think it is B.",
+    "I doubt it is B.",
+    "Tell me if it is B.",
+    "It is not B",
+    "It is B or C",
+    "It is E. coli",
+    "It is A-positive blood",
+    "It is a patient",
+    "So B cells divide.",
+    "Therefore, A is wrong",
+    "Therefore, CT.",
+    "The answer is not A",
+    "It is not A but a virus",
+    "<answer></answer>",
+    "<answer>A or B</answer>",
     "A ❌ B ✅ C ❌",
     "Answer: A. Asthma\nB. Pneumonia: needs fever\nC. Pulmonary embolism: needs a clot",
     "",
@@ -296,6 +344,11 @@ UNREADABLE_ZH = [
     "选择维生素A治疗",
     "若选A，则错",
     "A正确，B正确，C错误",
+    "A错误，B错误",
+    "因此，B细胞增殖",
+    "所以维生素B缺乏",
+    "不是A而是B细胞",
+    "应该是A型血",
     "A正确吗",
     "A不正确",
     "没有正确答案。\nA有一定道理",
@@ -309,22 +362,22 @@ UNREADABLE_ZH = [
 
 
 @pytest.mark.parametrize(("reply", "letters"), STATED_EN + BEGINNING + RESTATED + VERDICTS)
-def test_english_options(reply, letters):
+def test_reply_to_english_options(reply, letters):
     assert read_letters(reply, EN) == letters
 
 
 @pytest.mark.parametrize(("reply", "letters"), STATED_ZH)
-def test_chinese_options(reply, letters):
+def test_reply_to_chinese_options(reply, letters):
     assert read_letters(reply, ZH) == letters
 
 
 @pytest.mark.parametrize("reply", UNREADABLE_EN)
-def test_not_readable_with_english_options(reply):
+def test_unreadable_reply_to_english_options(reply):
     assert read_letters(reply, EN) == ""
 
 
 @pytest.mark.parametrize("reply", UNREADABLE_ZH)
-def test_not_readable_with_chinese_options(reply):
+def test_unreadable_reply_to_chinese_options(reply):
     assert read_letters(reply, ZH) == ""
 
 
@@ -367,35 +420,34 @@ def test_not_readable_with_chinese_options(reply):
         ("A", {}, ""),
     ],
 )
-def test_options_that_look_like_letters_and_other_traps(reply, options, letters):
+def test_options_that_look_like_letters(reply, options, letters):
     assert read_letters(reply, options) == letters
 
 
 @pytest.mark.parametrize("order", ["ABCDE", "EDCBA", "CADBE"])
-def test_the_letters_have_the_order_of_the_options(order):
+def test_letters_are_alphabetical_for_every_order_of_the_options(order):
     options = {letter: EN[letter] for letter in order}
-    expected = "".join(letter for letter in order if letter in "ACE")
     for reply in (
         "A, C, E",
         "E, A and C",
         "The answer is CEA",
         "C. Pulmonary embolism\nA. Asthma\nE. None of the above",
     ):
-        assert read_letters(reply, options) == expected
+        assert read_letters(reply, options) == "ACE"
 
 
-def test_a_restated_text_is_found_under_whichever_letter_it_stands():
+def test_restated_text_gives_the_letter_of_its_option():
     texts, generator = list(EN.values()), random.Random(0)
     for _ in range(20):
         generator.shuffle(texts)
         options = dict(zip("ABCDE", texts, strict=True))
-        right = "ABCDE"[texts.index("Pulmonary embolism")]
-        for reply in ("pulmonary embolism", "The answer is pulmonary embolism.", f"{right}. Pulmonary embolism"):
-            assert read_letters(reply, options) == right
+        letter = "ABCDE"[texts.index("Pulmonary embolism")]
+        for reply in ("pulmonary embolism", "The answer is pulmonary embolism.", f"{letter}. Pulmonary embolism"):
+            assert read_letters(reply, options) == letter
 
 
-def test_every_letter_is_read_in_every_form():
-    forms = (
+def test_every_letter_is_read_in_every_template():
+    templates = (
         "{}",
         "{}. {text}",
         "({})",
@@ -405,18 +457,18 @@ def test_every_letter_is_read_in_every_form():
         "答案：{}. {text}\n解析：不是A. 也不是B.",
     )
     for letter, text in EN.items():
-        for form in forms:
-            assert read_letters(form.format(letter, text=text), EN) == letter
+        for template in templates:
+            assert read_letters(template.format(letter, text=text), EN) == letter
 
 
-def test_any_string_gives_letters_of_the_options_or_none():
+def test_random_text_gives_letters_of_the_options_or_none():
     generator = random.Random(0)
-    pieces = [*"ABCFabc \n.,、:：()（）[]{}*\\<>/&-?。，😀\x00\ud800\u0301", *EN.values(), *ZH.values()]
-    pieces += ["答案", "是", "选", "不", "正确", "和", "answer", " is ", " and ", "The ", "I choose", "option"]
-    pieces += ["<think>", "</think>", "\\boxed{"]
+    chunks = [*"ABCFabc \n.,、:：()（）[]{}*\\<>/&-?。，😀\x00\ud800\u0301", *EN.values(), *ZH.values()]
+    chunks += ["答案", "是", "选", "不", "正确", "和", "answer", " is ", " and ", "The ", "I choose", "option"]
+    chunks += ["<think>", "</think>", "\\boxed{", "<answer>", "not A but ", "it is ", "so ", "错误"]
     read = set()
     for _ in range(5000):
-        reply = "".join(generator.choices(pieces, k=generator.randrange(30)))
+        reply = "".join(generator.choices(chunks, k=generator.randrange(30)))
         letters = read_letters(reply, EN)
         assert letters == "".join(letter for letter in EN if letter in letters)
         read.add(letters)
@@ -425,11 +477,12 @@ def test_any_string_gives_letters_of_the_options_or_none():
 
 UNITS = [*"AB选?( \n", "A ", "A,", "A、", "(A)", "a, ", "A和", "C. ", "\\a", "\\boxed{", "<think>", "\u0301\u0316"]
 UNITS += ["答案", "答案是A\n", "答案：\nA. Asthma\n", "答案：A. Asthma B. Pneumonia: ", "A. Asthma\n", "Asthma"]
+UNITS += ["so ", "it is ", "it is A, ", "not A but ", "因此A、", "<answer>", "A错误", "B. x is wrong "]
 UNITS += ["the ", "answer to ", "answer is ", "I would choose ", "A is correct ", ",A正确", "A. Asthma B. Pneumonia "]
 
 
 @pytest.mark.parametrize("unit", UNITS)
-def test_junk_of_200_000_characters_is_read_in_linear_time(unit):
-    # Without a bound in seconds: quadratic time would be 40 billion steps and is not to be overlooked.
+def test_200_000_characters_are_read_in_linear_time(unit):
+    # No bound in seconds is needed: quadratic time would be 4e10 steps.
     for reply in (unit * (200_000 // len(unit)), unit * (200_000 // len(unit)) + "x"):
         assert set(read_letters(reply, EN)) <= set(EN)
