@@ -12,7 +12,7 @@ def make_prediction(outcome=None, outcomes=None, **fields):
     """Return a prediction whose headline `scoring` has this outcome, or that is not done without one."""
     values = {"id": "1", "answer": "A", "scoring": "logits", "exam": "cmb", "topic": "", "metadata": {}}
     values |= {"language": "zh", "multiple_answers": False, "n_options": 4, "longest_option": "A", "shots": 0}
-    values |= {"question_sha256": "", "prompt_sha256": "", "scores": {}} | fields
+    values |= {"question_sha256": "", "prompt_sha256": "", "scores": {}, "file": "", "trained_on": None} | fields
     if outcome is None:
         return Prediction(prediction=None, correct=None, outcomes=outcomes or {}, **values | {"scoring": None})
     outcomes = {values["scoring"]: outcome} | (outcomes or {})

@@ -39,7 +39,7 @@ def compare(a: list[Prediction], b: list[Prediction]) -> Comparison:
     """
 
     def identity(p: Prediction) -> tuple[str, str, str]:
-        return p.id, p.question_sha256, p.answer
+        return p.id, p.question_sha256, "".join(sorted(p.answer)) if p.n_options else p.answer
 
     if list(map(identity, a)) != list(map(identity, b)):
         raise UserError("the two results are not of the same questions in the same order")

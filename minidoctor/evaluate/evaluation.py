@@ -6,7 +6,6 @@ interrupted evaluation continues with the missing ones.
 
 import hashlib
 import json
-import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -14,18 +13,22 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
+from minidoctor.checkpoints.hugging_face import find_non_finite
+from minidoctor.config import UserError
 from minidoctor.evaluate.extraction import read_letters
+from minidoctor.evaluate.free_form import contains
 from minidoctor.evaluate.prompts import PromptedQuestion, Prompter, choose_shots
 from minidoctor.evaluate.protocol import EvalConfig
 from minidoctor.evaluate.records import Outcome, Prediction
 from minidoctor.evaluate.scoring import SCORERS, decide
 from minidoctor.evaluate.summary import Summary, full_summary
+from minidoctor.generate import NonFiniteLogits
 from minidoctor.model import Model
 from minidoctor.questions.rows import Row
 from minidoctor.text.tokenizer import Tokenizer
 
 SAVE_INTERVAL = 60  # seconds
-ROW_FIELDS = ("id", "answer", "exam", "topic", "language", "multiple_answers", "metadata")  # copied to the prediction
+ROW_FIELDS = ("id", "exam", "topic", "language", "multiple_answers", "metadata")  # copied to the prediction
 
 
 class Result(NamedTuple):
@@ -46,24 +49,17 @@ def applicable_methods(config: EvalConfig, row: Row) -> list[str]:
     return [method for method in methods if method != "loss" or row.answer]
 
 
-def contains(reply: str, answer: str) -> bool:
-    """Return whether the reply contains the answer, ignoring case and the amount of white space."""
-    return " ".join(answer.lower().split()) in " ".join(reply.lower().split())
-
-
 def judge(row: Row, outcome: Outcome) -> Outcome:
-    """Return the outcome with its prediction, and whether that is correct."""
+    """Return the outcome with its prediction, and whether that is correct. Letters are compared as a set."""
     if outcome.nll is not None:
-        if not math.isfinite(outcome.nll):
-            raise FloatingPointError(f"the loss of an answer is {outcome.nll}: the model's weights are damaged")
         return outcome
+    reply = outcome.reply or ""
     if not row.options:
-        return replace(outcome, prediction=outcome.reply or "", correct=contains(outcome.reply or "", row.answer))
-    if outcome.reply is None:
-        prediction = decide(outcome.scores, row.multiple_answers)
-    else:
-        prediction = read_letters(outcome.reply, row.options)
-    return replace(outcome, prediction=prediction, correct=prediction == row.answer if row.answer else None)
+        return replace(outcome, prediction=reply, correct=contains(reply, row.answer))
+    generated = outcome.reply is not None
+    letters = read_letters(reply, row.options) if generated else decide(outcome.scores, row.multiple_answers)
+    correct = set(letters) == set(row.answer) if row.answer else None
+    return replace(outcome, prediction="".join(sorted(letters)), correct=correct)
 
 
 def sha256(text: str) -> str:
@@ -76,6 +72,7 @@ def make_prediction(question: PromptedQuestion, config: EvalConfig, outcomes: di
     outcome = outcomes.get(headline)
     return Prediction(
         **{name: getattr(row, name) for name in ROW_FIELDS},
+        answer="".join(sorted(row.answer)) if row.options else row.answer,
         prediction=outcome.prediction if outcome else None,
         correct=outcome.correct if outcome else None,
         scores=outcome.scores if outcome else {},
@@ -86,6 +83,8 @@ def make_prediction(question: PromptedQuestion, config: EvalConfig, outcomes: di
         question_sha256=sha256(json.dumps([row.question, row.options])),
         prompt_sha256=sha256(question.text),
         shots=question.shots,
+        file=question.file,
+        trained_on=question.trained_on,
     )
 
 
@@ -109,7 +108,18 @@ class Evaluation:
     outcomes: list[dict[str, Outcome]]
 
     def answer(self, model: Model, show: bool = True, save: Callable[[], None] = lambda: None) -> None:
-        """Add the missing outcomes, longest questions first. Call `save` once a minute; Ctrl-C may interrupt."""
+        """Add the missing outcomes, longest questions first. Call `save` once a minute; Ctrl-C may interrupt.
+
+        Raises UserError with the name of a tensor of the model that is not finite.
+        """
+        try:
+            self.add_outcomes(model, show, save)
+        except NonFiniteLogits as error:
+            tensor = find_non_finite(model)
+            cause = f"{tensor} contains NaN or infinity" if tensor else "an overflow; try --dtype float32"
+            raise UserError(f"{error}: {cause}") from None
+
+    def add_outcomes(self, model: Model, show: bool, save: Callable[[], None]) -> None:
         todo = {method: self.missing(method) for method in SCORERS}
         saved = time.monotonic()
         with tqdm(total=sum(map(len, todo.values())), desc="evaluating", leave=False, disable=not show) as progress:

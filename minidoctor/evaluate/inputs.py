@@ -1,23 +1,27 @@
-"""The inputs of an evaluation as they were read: questions, few-shot examples and the hash of the adapter."""
+"""The inputs of an evaluation as they were read: questions, few-shot examples and the adapter's training questions."""
 
 import hashlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 from minidoctor.config import check
 from minidoctor.files.json_files import read_bytes
+from minidoctor.files.safetensors import read_tensors
 from minidoctor.questions.read import Questions, list_question_files, read_questions
-from minidoctor.questions.rows import Row
+
+TRAINING_QUESTIONS = "training_questions.safetensors"  # in the directory of an adapter
 
 
 class InputFile(NamedTuple):
-    path: Path
-    sha256: str
+    label: str  # the file's name, or its path if two files have the same name
+    sha256: str  # of the text that was read, after that of CMB's answers
     questions: Questions
 
     def to_json(self) -> dict[str, Any]:
         n, malformed = len(self.questions.rows), self.questions.malformed
-        return {"file": self.path.name, "sha256": self.sha256, "questions": n, "malformed": malformed}
+        return {"file": self.label, "sha256": self.sha256, "questions": n, "malformed": malformed}
 
 
 def list_files(paths: list[str]) -> list[Path]:
@@ -25,11 +29,13 @@ def list_files(paths: list[str]) -> list[Path]:
 
 
 def read_files(paths: list[Path], answers: str = "") -> list[InputFile]:
-    """Read files of questions, with CMB's file of answers. Raises FileNotFoundError or UserError."""
-    files = []
+    """Read files of questions, each once, with CMB's file of answers. Raises FileNotFoundError or UserError."""
+    names, files = [path.name for path in paths], []
     for path in paths:
-        digest = hashlib.sha256(read_bytes(path) + (read_bytes(Path(answers)) if answers else b""))
-        files.append(InputFile(path, digest.hexdigest(), read_questions(path, answers or None)))
+        digest = hashlib.sha256(read_bytes(Path(answers)) if answers else b"")
+        questions = read_questions(path, answers or None, digest.update)
+        label = path.name if names.count(path.name) == 1 else str(path)
+        files.append(InputFile(label, digest.hexdigest(), questions))
     return files
 
 
@@ -43,13 +49,18 @@ def find_dev_files(data: list[Path]) -> list[Path]:
     return paths
 
 
-def take_rows(files: list[InputFile], limit: int) -> list[Row]:
-    """Return the first `limit` rows of each file, all if it is 0."""
-    return [row for file in files for row in file.questions.rows[: limit or None]]
-
-
 def hash_adapter(directory: str) -> str:
     digest = hashlib.sha256()
     for file in sorted(Path(directory).glob("adapter*")):
         digest.update(file.read_bytes())
     return digest.hexdigest()
+
+
+def read_training_hashes(adapter: str) -> set[int] | None:
+    """Return the hashes of the questions that an adapter was trained on, None if it does not record them."""
+    path = Path(adapter) / TRAINING_QUESTIONS
+    if not path.is_file():
+        return None
+    hashes = dict(read_tensors(path)).get("hashes", torch.empty(0))
+    check(hashes.dtype == torch.int64, f"{path}: expected the int64 tensor hashes")
+    return set(hashes.tolist())

@@ -83,6 +83,8 @@ class PromptedQuestion(NamedTuple):
     tokens: list[int]
     head: str  # the beginning that it shares with other questions
     shots: int  # few-shot examples in the prompt: as many as requested, or as fit
+    file: str = ""
+    trained_on: bool | None = None
 
 
 def load_prompt(name: str) -> Prompt:
@@ -137,7 +139,7 @@ def compose(row: Row, prompt: Prompt, shots: list[Row], raw: bool = False) -> tu
 
     head, last = fill(row, prompt, prompt.head), item(row)
     for shot in shots:
-        head += prompt.shot.replace("{answer}", shot.answer).replace("{item}", item(shot))
+        head += prompt.shot.replace("{answer}", "".join(sorted(shot.answer))).replace("{item}", item(shot))
     if shots or raw:
         last = prompt.shot.partition("{answer}")[0].rstrip(" ").replace("{item}", last)
     return head, last

@@ -17,6 +17,7 @@ class Outcome:
     nll: float | None = None  # of the correct answer, summed over n_tokens, in nats
     n_tokens: int = 0
     too_long: bool = False  # the question does not fit into the model's context: unanswered
+    truncated: bool = False  # the reply ended at max_new_tokens or at the end of the context
     prediction: str = ""  # letters or, for a free-form question, the reply
     correct: bool | None = None  # None: the correct answer is unknown
 
@@ -42,6 +43,8 @@ class Prediction:
     question_sha256: str
     prompt_sha256: str
     shots: int
+    file: str
+    trained_on: bool | None  # None: the model has no adapter, or one that does not record its training questions
 
 
 def from_json(kind: Any, content: Any) -> Any:

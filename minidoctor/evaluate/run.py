@@ -1,27 +1,33 @@
 """One evaluation from its files to its table. Results are saved as they come, and --resume continues them."""
 
+import os
 import shlex
 import sys
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from minidoctor.checkpoints.adapters import load
 from minidoctor.checkpoints.hugging_face import checkpoint_hash
 from minidoctor.cli.device import choose_device, choose_dtype
 from minidoctor.config import UserError, check, check_range
 from minidoctor.evaluate.evaluation import Evaluation, prompt_rows, sha256
-from minidoctor.evaluate.inputs import InputFile, find_dev_files, hash_adapter, list_files, read_files, take_rows
+from minidoctor.evaluate.free_form import RULE
+from minidoctor.evaluate.inputs import (
+    InputFile,
+    find_dev_files,
+    hash_adapter,
+    list_files,
+    read_files,
+    read_training_hashes,
+)
 from minidoctor.evaluate.prompts import Prompter
 from minidoctor.evaluate.protocol import EvalConfig, protocol_differences
-from minidoctor.evaluate.records import Outcome, Prediction, read_result
+from minidoctor.evaluate.records import Prediction, ResultFile, read_result
 from minidoctor.evaluate.table import format_summary
 from minidoctor.files.json_files import write_json
 from minidoctor.model import Model
-from minidoctor.questions.rows import Row
+from minidoctor.questions.overlap import question_hash
 from minidoctor.text.stream import printable
 
 RULES = {
@@ -30,6 +36,7 @@ RULES = {
     "questions that have CMB's question type, elsewhere those with several letters in the answer",
     "text": "the bare question: no prompt, options or few-shot examples",
     "generate": "answer extraction without a default: an unreadable answer is unanswered and wrong",
+    "free_form": RULE,
 }
 
 
@@ -57,14 +64,20 @@ class RunConfig:
         check(not self.answers or len(list_files(self.data)) == 1, "--answers belongs to a single --data file, CMB's")
 
 
-def output_path(name: str, value: str) -> Path | None:
-    if value and (not Path(value).parent.is_dir() or Path(value).is_dir()):
-        raise UserError(f"--{name} {value}: must be a file in a directory that exists")
-    return Path(value) if value else None
+def output_path(run: RunConfig, name: str) -> Path | None:
+    """Return the file that a flag asks to write. Raises UserError if it exists: outputs never replace a file."""
+    value = getattr(run, name)
+    path = Path(os.path.realpath(value))  # of the target of a symlink, and in one spelling
+    if not value or (name == "out" and run.resume):
+        return path if value else None
+    check(path.parent.is_dir(), f"--{name} {value}: the directory does not exist")
+    hint = "; --resume continues an unfinished evaluation" if name == "out" else ""
+    check(not os.path.lexists(path), f"--{name} {value}: already exists; choose another file{hint}")
+    return path
 
 
 def make_protocol(
-    run: RunConfig, evaluation: Evaluation, dtype: torch.dtype, files: list[InputFile], dev: list[InputFile]
+    run: RunConfig, evaluation: Evaluation, model: Model, files: list[InputFile], dev: list[InputFile]
 ) -> dict[str, Any]:
     """Return the JSON form of everything that can change the results."""
     config, tokenizer = evaluation.prompter.config, evaluation.prompter.tokenizer
@@ -72,7 +85,7 @@ def make_protocol(
         "base": Path(run.base).resolve().name,
         "base_hash": checkpoint_hash(run.base),
         "adapter": hash_adapter(run.adapter) if run.adapter else None,
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": str(model.lm_head.weight.dtype).removeprefix("torch."),
         "chat_format": "raw" if config.raw else tokenizer.chat_format,
         "files": [file.to_json() for file in files],
         "dev": [file.to_json() for file in dev],
@@ -84,20 +97,19 @@ def make_protocol(
     }
 
 
-def read_outcomes(path: Path, protocol: dict[str, Any], evaluation: Evaluation) -> list[dict[str, Outcome]]:
-    """Return the outcomes of an unfinished result. Raises FileNotFoundError, or UserError for another evaluation."""
-    result = read_result(path)
-    if differences := protocol_differences(protocol, result.protocol):
-        values = ", ".join(f"{key} {result.protocol.get(key)!r:.80}" for key in differences)
-        raise UserError(f"--resume: {path} has another protocol: {values}; use its flags or another --out")
+def resume(run: RunConfig, unfinished: ResultFile, protocol: dict[str, Any], evaluation: Evaluation) -> None:
+    """Take the outcomes of an unfinished result. Raises UserError if it belongs to another evaluation."""
+    if differences := protocol_differences(protocol, unfinished.protocol):
+        values = ", ".join(f"{key} {unfinished.protocol.get(key)!r:.80}" for key in differences)
+        raise UserError(f"--resume: {run.out} has another protocol: {values}; use its flags or another --out")
     hashes = [sha256(question.text) for question in evaluation.questions]
-    same = [prediction.prompt_sha256 for prediction in result.predictions] == hashes
-    check(same, f"--resume: {path} has other prompts: the file of --prompt or --dev has changed")
-    return [prediction.outcomes for prediction in result.predictions]
+    same = [prediction.prompt_sha256 for prediction in unfinished.predictions] == hashes
+    check(same, f"--resume: {run.out} has other prompts: the file of --prompt or --dev has changed")
+    evaluation.outcomes = [prediction.outcomes for prediction in unfinished.predictions]
 
 
-def check_submission(rows: list[Row]) -> None:
-    for row in rows:
+def check_submission(files: list[InputFile]) -> None:
+    for row in (row for file in files for row in file.questions.rows):
         numbered = row.exam == "cmb" and row.id.isdecimal()
         check(numbered, f"--submission is for CMB's numbered test questions, {row.id!r:.40} is another one")
 
@@ -107,60 +119,82 @@ def make_submission(predictions: list[Prediction]) -> list[dict[str, Any]]:
     return [{"id": int(p.id), "model_answer": p.prediction or ""} for p in predictions]
 
 
-def save_result(out: Path | None, protocol: dict[str, Any], evaluation: Evaluation, complete: bool) -> None:
+def save_result(out: Path | None, protocol: dict[str, Any], evaluation: Evaluation, complete: bool = False) -> None:
     if out:
         summary, predictions = evaluation.result()
         content = {"complete": complete, "protocol": protocol, "summary": asdict(summary)}
         write_json(out, content | {"predictions": [asdict(prediction) for prediction in predictions]})
 
 
-def answer_questions(evaluation: Evaluation, model: Model, run: RunConfig, save: Callable[[], None]) -> None:
-    """Answer all questions. If that fails or Ctrl-C stops it, save what is done and print how to continue."""
-    save()  # an --out that cannot be written fails before hours of work
-    try:
-        evaluation.answer(model, save=save)
-    except BaseException:
-        print(f"{format_summary(evaluation.result().summary)}\nstopped: these are the longest questions only")
-        save()
-        if run.out:
-            command = ["python", "-m", "minidoctor.evaluate", *sys.argv[1:], *([] if run.resume else ["--resume"])]
-            print(f"continue with: {shlex.join(command)}")
-        raise
+def resume_command(run: RunConfig) -> str:
+    return shlex.join(["python", "-m", "minidoctor.evaluate", *sys.argv[1:], *([] if run.resume else ["--resume"])])
 
 
-def run_evaluation(run: RunConfig, config: EvalConfig) -> None:
-    """Evaluate and print the table. Raises FileNotFoundError or UserError."""
-    out, submission = output_path("out", run.out), output_path("submission", run.submission)
+def load_evaluation(
+    run: RunConfig, config: EvalConfig, files: list[InputFile], dev: list[InputFile]
+) -> tuple[Model, Evaluation]:
+    """Load the model and prompt all questions."""
     device = choose_device(run.device)
     dtype = choose_dtype(run.dtype, device)
-    files = read_files(list_files(run.data), run.answers)
-    rows = take_rows(files, run.limit)
-    if submission:
-        check_submission(rows)
-    dev = read_files(list_files(run.dev) or find_dev_files(list_files(run.data))) if config.shots else []
     model, tokenizer = load(run.base, run.adapter, dtype, device, run.chat_format, chats=not config.raw)
-    prompter = Prompter(tokenizer, config)
-    questions = prompt_rows(prompter, rows, take_rows(dev, 0), model.config.max_seq_len)
-    evaluation = Evaluation(prompter, questions, [{} for _ in questions])
-    protocol = make_protocol(run, evaluation, dtype, files, dev)
-    if out and run.resume:
-        evaluation.outcomes = read_outcomes(out, protocol, evaluation)
-    elif out and out.exists() and not read_result(out).complete:
-        raise UserError(f"{out}: an unfinished evaluation; continue it with --resume or choose another --out")
-    print(f"{run.base}: {tokenizer.note}", file=sys.stderr)
+    prompter, context = Prompter(tokenizer, config), model.config.max_seq_len
+    pool = [row for file in dev for row in file.questions.rows]
+    hashes = read_training_hashes(run.adapter) if run.adapter else None
+    questions = []
+    for file in files:
+        for question in prompt_rows(prompter, file.questions.rows[: run.limit or None], pool, context):
+            trained_on = None if hashes is None else question_hash(question.row) in hashes
+            questions.append(question._replace(file=file.label, trained_on=trained_on))
+    return model, Evaluation(prompter, questions, [{} for _ in questions])
+
+
+def print_protocol(run: RunConfig, protocol: dict[str, Any], evaluation: Evaluation) -> None:
+    print(f"{run.base}: {evaluation.prompter.tokenizer.note}", file=sys.stderr)
     print("For teaching and measuring. The answers of a model are not medical advice.")
     for exam, text in protocol["first_prompts"].items():
         print(f"first prompt ({exam}):\n{printable(text)}\n")
-    answer_questions(evaluation, model, run, lambda: save_result(out, protocol, evaluation, complete=False))
-    summary, predictions = evaluation.result()
-    print(format_summary(summary))
-    for file in (*files, *dev):
-        malformed = file.questions.malformed
-        print(f"{file.path.name}: {len(file.questions.rows)} questions, {len(malformed)} malformed")
-        print("".join(f"    {message}\n" for message in malformed[:10]), end="")
-    if out:
-        save_result(out, protocol, evaluation, complete=True)
-        print(f"predictions: {out}")
+
+
+def run_evaluation(run: RunConfig, config: EvalConfig) -> None:
+    """Evaluate, print the table and write the results. Raises FileNotFoundError or UserError."""
+    out, submission = output_path(run, "out"), output_path(run, "submission")
+    check(out is None or out != submission, "--out and --submission are the same file")
+    unfinished = read_result(out) if out and run.resume else None
+    check(not (unfinished and unfinished.complete), f"--resume: {run.out} is complete; choose another --out")
+    paths = list_files(run.data)
+    files = read_files(paths, run.answers)
     if submission:
-        write_json(submission, make_submission(predictions))
-        print(f"submission form for CMB: {submission}")
+        check_submission(files)
+    dev = read_files(list_files(run.dev) or find_dev_files(paths)) if config.shots else []
+    model, evaluation = load_evaluation(run, config, files, dev)
+    protocol = make_protocol(run, evaluation, model, files, dev)
+    if unfinished:
+        resume(run, unfinished, protocol, evaluation)
+    print_protocol(run, protocol, evaluation)
+    save_result(out, protocol, evaluation)  # a full disk shows before hours of work
+    try:
+        evaluation.answer(model, save=lambda: save_result(out, protocol, evaluation))
+    except BaseException:
+        try:
+            print(f"{format_summary(evaluation.result().summary)}\nstopped: these are the longest questions only")
+            print(f"continue with: {resume_command(run)}" if out else "not saved: there is no --out")
+        finally:
+            save_result(out, protocol, evaluation)
+        raise
+    summary, predictions = evaluation.result()
+    try:
+        print(format_summary(summary))
+        if run.adapter and None in (p.trained_on for p in predictions):
+            print(f"{run.adapter}: the adapter does not record its training questions")
+        for file in (*files, *dev):
+            malformed = file.questions.malformed
+            print(f"{file.label}: {len(file.questions.rows)} questions, {len(malformed)} malformed")
+            print("".join(f"    {message}\n" for message in malformed[:10]), end="")
+    finally:
+        save_result(out, protocol, evaluation)
+        if submission:
+            write_json(submission, make_submission(predictions))
+            print(f"submission form for CMB: {run.submission}")
+        save_result(out, protocol, evaluation, complete=True)
+    if out:
+        print(f"predictions: {run.out}")

@@ -23,7 +23,7 @@ from minidoctor.batching import IGNORE, Example
 from minidoctor.config import SampleConfig
 from minidoctor.evaluate.prompts import PromptedQuestion, Prompter
 from minidoctor.evaluate.records import Outcome
-from minidoctor.generate import complete, prefill
+from minidoctor.generate import NonFiniteLogits, complete, prefill
 from minidoctor.model import KVCache, Model
 from minidoctor.text.tokenizer import encode_conversation
 
@@ -129,6 +129,8 @@ def likelihoods(
             for name in inputs[keys[k]]:
                 targets = torch.tensor(examples[i][name].targets[-len(states) :], device=states.device)  # (n,)
                 nll = F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum").item()
+                if not math.isfinite(nll):  # a comparison with NaN would select an option nevertheless
+                    raise NonFiniteLogits("the log-likelihood of an answer is not finite")
                 results[i][name] = -nll, int((targets != IGNORE).sum())
             if len(results[i]) == len(examples[i]):
                 yield i, {name: results[i][name] for name in examples[i]}
@@ -173,9 +175,10 @@ def score_generated(model: Model, prompter: Prompter, questions: list[PromptedQu
         answers = complete(model, prompts, sampling, prompter.tokenizer.eos_ids, prefix)
         for k, ids in zip(indices, answers, strict=True):
             reply = prompter.tokenizer.decode(ids)
-            if config.raw:
-                reply = NEXT_QUESTION.split(reply.lstrip(), maxsplit=1)[0]
-            yield fits[k], {"generate": Outcome(reply=reply)}
+            limit = min(config.max_new_tokens, model.config.max_seq_len - len(spans[fits[k]].tokens))
+            answer = NEXT_QUESTION.split(reply.lstrip(), maxsplit=1) if config.raw else [reply]
+            truncated = len(ids) >= limit and len(answer) == 1
+            yield fits[k], {"generate": Outcome(reply=answer[0], truncated=truncated)}
 
 
 def score_loss(model: Model, prompter: Prompter, questions: list[PromptedQuestion]) -> Outcomes:
@@ -203,8 +206,6 @@ def decide(scores: dict[str, float], multiple_answers: bool) -> str:
     """
     if not scores:
         return ""
-    if not all(map(math.isfinite, scores.values())):  # a comparison with NaN would select an option nevertheless
-        raise FloatingPointError(f"the log-likelihoods of the options are {scores}: the model's weights are damaged")
     best, mean = max(scores.values()), sum(scores.values()) / len(scores)
     if multiple_answers:
         return "".join(letter for letter, score in scores.items() if score >= mean - TIE)

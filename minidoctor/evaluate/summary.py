@@ -35,6 +35,16 @@ class MethodSummary(Accuracy):
 
 
 @dataclass(frozen=True)
+class FileSummary:
+    """The questions of one file, and the accuracy on those that the adapter was not trained on."""
+
+    n: int
+    n_trained_on: int | None  # None: not recorded
+    others: Accuracy  # multiple choice
+    free_form_others: Accuracy
+
+
+@dataclass(frozen=True)
 class Summary(MethodSummary):
     """A group of questions, such as all, a language or a benchmark. The inherited fields are those of the headline."""
 
@@ -43,6 +53,8 @@ class Summary(MethodSummary):
     methods: dict[str, MethodSummary]  # the other methods
     shots: dict[str, int]  # number of few-shot examples -> questions
     too_long: int
+    truncated: int  # generated answers that ended at max_new_tokens or at the end of the context
+    n_generated: int
     without_answer: int
     nll: float | None  # nats per token of the correct answers
     free_form_accuracy: float | None
@@ -52,6 +64,7 @@ class Summary(MethodSummary):
     subjects: dict[str, MethodSummary] = field(default_factory=dict)  # of a benchmark, as the next two
     parts: dict[str, MethodSummary] = field(default_factory=dict)  # CMB: exam types, CMMLU: subjects
     mean_of_parts: Accuracy | None = None  # the accuracy that the benchmark publishes
+    files: dict[str, FileSummary] = field(default_factory=dict)
 
 
 def bootstrap_interval(groups: list[tuple[int, int]]) -> Interval | None:
@@ -106,6 +119,7 @@ def summarize(predictions: list[Prediction]) -> Summary:
     choice = [p for p in done if p.n_options]
     free_form = [p.correct for p in done if not p.n_options and p.correct is not None]
     losses = [p.outcomes["loss"] for p in predictions if "loss" in p.outcomes]
+    generated = [p.outcomes["generate"] for p in predictions if "generate" in p.outcomes]
     n_tokens = sum(loss.n_tokens for loss in losses)
     methods = dict.fromkeys(name for p in choice for name in p.outcomes if name not in (p.scoring, "loss"))
     return Summary(
@@ -115,6 +129,8 @@ def summarize(predictions: list[Prediction]) -> Summary:
         methods={name: summarize_method(choice, name) for name in methods},
         shots={str(n): count for n, count in sorted(Counter(p.shots for p in choice).items())},
         too_long=sum(p.outcomes[p.scoring or ""].too_long for p in done),
+        truncated=sum(outcome.truncated for outcome in generated),
+        n_generated=len(generated),
         without_answer=sum(p.correct is None for p in done),
         nll=sum(loss.nll or 0.0 for loss in losses) / n_tokens if n_tokens else None,
         free_form_accuracy=sum(free_form) / len(free_form) if free_form else None,
@@ -145,12 +161,25 @@ def summarize_exam(predictions: list[Prediction]) -> Summary:
     )
 
 
+def summarize_file(predictions: list[Prediction]) -> FileSummary:
+    others = [p for p in predictions if p.correct is not None and not p.trained_on]
+    marks = [p.trained_on for p in predictions]
+    return FileSummary(
+        n=len(predictions),
+        n_trained_on=None if None in marks else sum(map(bool, marks)),
+        others=mean_accuracy([bool(p.correct) for p in others if p.n_options]),
+        free_form_others=mean_accuracy([bool(p.correct) for p in others if not p.n_options]),
+    )
+
+
 def full_summary(predictions: list[Prediction]) -> Summary:
-    """Summarize all questions, those of each language, and those of each benchmark with its parts."""
+    """Summarize all questions, those of each language and file, and those of each benchmark with its parts."""
     languages = group_by(predictions, lambda p: p.language)
+    files = group_by((p for p in predictions if p.file), lambda p: p.file)
     exams = group_by((p for p in predictions if p.exam), lambda p: p.exam)
     return replace(
         summarize(predictions),
         languages={name: summarize(languages[name]) for name in sorted(languages)},
         exams={name: summarize_exam(group) for name, group in exams.items()},
+        files={name: summarize_file(group) for name, group in files.items()},
     )

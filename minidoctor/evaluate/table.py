@@ -1,5 +1,6 @@
 """The summary of an evaluation as a text table."""
 
+from minidoctor.evaluate.free_form import RULE
 from minidoctor.evaluate.summary import Accuracy, Summary
 
 BASELINES = {
@@ -47,11 +48,23 @@ def format_summary(summary: Summary) -> str:
         lines += [line(f"  {part}", exam.scoring, accuracy) for part, accuracy in exam.parts.items()]
         if len(exam.parts) > 1 and exam.mean_of_parts:
             lines.append(line("  mean of these", exam.scoring, exam.mean_of_parts, exam.n))
+    for name, file in summary.files.items():
+        if file.n_trained_on is not None:
+            lines.append(f"{name}: {file.n_trained_on} of {file.n} questions were trained on")
+        if file.n_trained_on and file.others.n:
+            lines.append(line("  the other questions", summary.scoring, file.others))
+        if file.n_trained_on and file.free_form_others.n:
+            lines.append(line("  the other questions", "free-form", file.free_form_others))
+    if summary.n_free_form:
+        lines.append(f"free-form: {RULE}")
     if len(summary.shots) > 1:
         counts = ", ".join(f"{n} in {count} questions" for n, count in summary.shots.items())
         lines.append(f"few-shot examples in the prompt: {counts}")
     if summary.too_long:
         lines.append(f"{summary.too_long} questions do not fit into the model's context: unanswered")
+    if summary.truncated:
+        counts = f"{summary.truncated} of {summary.n_generated}"
+        lines.append(f"{counts} generated answers ended at --max-new-tokens or at the end of the context")
     if summary.without_answer:
         lines.append(f"{summary.without_answer} questions have no known answer: predicted, not counted")
     return "\n".join(lines)

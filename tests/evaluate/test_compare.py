@@ -98,6 +98,15 @@ def test_equal_results_do_not_differ():
     assert (c.accuracy_b - c.accuracy_a, c.interval, c.only_a, c.only_b, c.p) == (0, (0, 0), 0, 0, 1)
 
 
+def test_order_of_the_correct_letters_does_not_matter():
+    a = n_correct_of(3, 3, answer="AB", multiple_answers=True)
+    b = n_correct_of(3, 1, answer="BA", multiple_answers=True)
+    assert compare(a, b).n == 3
+    free_form = [n_correct_of(1, 1, answer=answer, n_options=0) for answer in ("AB", "BA")]
+    with pytest.raises(UserError, match="same questions"):
+        compare(*free_form)
+
+
 def test_question_without_a_prediction_is_not_compared():
     a, b = n_correct_of(4, 3), n_correct_of(4, 1)
     b[0] = replace(b[0], scoring=None, prediction=None, correct=None)

@@ -1,16 +1,23 @@
+import hashlib
 import json
+import os
 import re
+import shlex
 import shutil
-from dataclasses import asdict
+import threading
+from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 import torch
 
-from minidoctor.evaluate import evaluation, scoring
+from minidoctor.evaluate import evaluation, run, scoring
 from minidoctor.evaluate.__main__ import main
 from minidoctor.evaluate.evaluation import evaluate
 from minidoctor.evaluate.records import read_result
 from minidoctor.evaluate.summary import full_summary
+from minidoctor.files.safetensors import read_tensors, write_tensors
+from minidoctor.questions.overlap import question_hash
 from minidoctor.questions.read import read_questions
 
 ROWS = [
@@ -38,7 +45,7 @@ CMMLU = """,Question,A,B,C,D,Answer
 
 @pytest.fixture
 def evaluate_program(program, base_dir):
-    """Run the program with these words and return what it printed; with an exit code, stderr must match it."""
+    """Run the program and return its output. With `error` it must fail, and stderr must match."""
 
     def run(*words, base=base_dir, error=None):
         words = words if words[0] == "--compare" else ("--base", base, "--device", "cpu", *words)
@@ -90,10 +97,12 @@ def test_result_file_contains_predictions_and_their_summary(
     for prediction in result["predictions"]:
         assert {"id", "prediction", "answer", "correct", "scores"} <= set(prediction)
     rows = [row for file in files for row in read_questions(file).rows]
-    expected = evaluate(adapted, tokenizer, rows, show_progress=False)
-    assert read_result(out).predictions == expected.predictions
-    assert full_summary(read_result(out).predictions) == expected.summary
-    assert result["summary"] == json.loads(json.dumps(asdict(expected.summary)))
+    expected = [
+        replace(p, file="one.jsonl") for p in evaluate(adapted, tokenizer, rows, show_progress=False).predictions
+    ]
+    expected[2:] = [replace(p, file="two.jsonl") for p in expected[2:]]
+    assert read_result(out).predictions == expected
+    assert result["summary"] == json.loads(json.dumps(asdict(full_summary(expected))))
     prompt = rows[0].messages[0]["content"]
     assert next(iter(result["protocol"]["first_prompts"].values())) == prompt
     assert prompt in printed
@@ -106,7 +115,8 @@ def test_adapter_changes_the_predictions(evaluate_program, tmp_path, adapter_dir
     evaluate_program("--data", path, "--out", outs[0])
     evaluate_program("--data", path, "--out", outs[1], "--adapter", adapter_dir)
     base, adapted = (read_result(out) for out in outs)
-    assert base.predictions == evaluate(model, tokenizer, read_questions(path).rows, show_progress=False).predictions
+    expected = evaluate(model, tokenizer, read_questions(path).rows, show_progress=False).predictions
+    assert base.predictions == [replace(p, file=path.name) for p in expected]
     assert base.predictions != adapted.predictions
     assert base.protocol["adapter"] is None
     assert adapted.protocol["adapter"]
@@ -304,3 +314,183 @@ def test_invalid_flags_are_rejected_in_one_line(evaluate_program, words, message
     monkeypatch.chdir(tmp_path)
     words = words if {"--compare", "--data"} & set(words) else ["--data", cmmlu, *words]
     evaluate_program(*words, error=f"^evaluate: .*{message}.*\n$")
+
+
+# --- outputs never replace a file ---
+
+
+def test_existing_outputs_are_not_replaced(evaluate_program, tmp_path, rows_file, base_dir, adapter_dir):
+    data, done = rows_file(*ROWS[:2]), tmp_path / "done.json"
+    evaluate_program("--data", data, "--out", done)
+    report = tmp_path / "report.json"
+    report.write_text("{}")
+    (tmp_path / "link").symlink_to(tmp_path)
+    (tmp_path / "alias.json").symlink_to(report)
+    paths = [data, done, report, tmp_path / "alias.json", tmp_path / "link" / "report.json"]
+    paths += [tmp_path / "link" / ".." / tmp_path.name / "rows.jsonl", base_dir / "config.json"]
+    paths += [adapter_dir / "adapter_config.json", adapter_dir / "adapter.safetensors"]
+    before = {path: path.read_bytes() for path in paths}
+    for path in paths:
+        for words in (["--out", path], ["--out", path, "--resume"], ["--submission", path]):
+            evaluate_program(
+                "--data", data, "--adapter", adapter_dir, *words, error="exists|not a result|complete|not JSON|UTF-8"
+            )
+    assert {path: path.read_bytes() for path in paths} == before
+    assert (tmp_path / "alias.json").is_symlink()
+
+
+@pytest.mark.parametrize("alias", ["x.json", "./x.json", "link/x.json", "dangling.json", "../{name}/x.json"])
+def test_out_and_submission_must_differ(evaluate_program, tmp_path, rows_file, monkeypatch, alias):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to(tmp_path)
+    (tmp_path / "dangling.json").symlink_to(tmp_path / "x.json")
+    words = ["--out", "x.json", "--submission", alias.format(name=tmp_path.name)]
+    evaluate_program("--data", rows_file(*ROWS[:2]), *words, error="same file")
+    assert not (tmp_path / "x.json").exists()
+
+
+def test_symlink_of_an_unfinished_result_stays_a_link(evaluate_program, tmp_path, rows_file, monkeypatch):
+    (tmp_path / "link.json").symlink_to(tmp_path / "target.json")
+    words = ["--data", rows_file(*ROWS[:2]), "--out", tmp_path / "link.json"]
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation, "SCORERS", interrupted("logits", 1))
+        evaluate_program(*words, error="interrupted")
+    evaluate_program(*words, "--resume")
+    assert (tmp_path / "link.json").is_symlink()
+    assert read_result(tmp_path / "target.json").complete
+
+
+# --- nothing computed is lost ---
+
+
+def test_table_is_printed_although_the_result_cannot_be_written(evaluate_program, tmp_path, rows_file, monkeypatch):
+    write_json, out = run.write_json, tmp_path / "p.json"
+
+    def full_disk(path, content):
+        if content["summary"]["n"]:
+            raise OSError("No space left on device")
+        write_json(path, content)
+
+    monkeypatch.setattr(run, "write_json", full_disk)
+    printed = evaluate_program("--data", rows_file(*ROWS[:2]), "--out", out, error="No space left")
+    assert re.search(r"^all .* 2$", printed, re.MULTILINE)
+
+
+def test_result_is_written_although_the_table_cannot_be_printed(evaluate_program, tmp_path, rows_file, monkeypatch):
+    def broken_pipe(summary):
+        raise BrokenPipeError("the reader of stdout has ended")
+
+    monkeypatch.setattr(run, "format_summary", broken_pipe)
+    evaluate_program("--data", rows_file(*ROWS[:2]), "--out", tmp_path / "p.json", error="stdout")
+    assert read_result(tmp_path / "p.json").complete
+
+
+def test_failed_submission_leaves_a_result_to_resume(evaluate_program, tmp_path, long_base, monkeypatch):
+    question = {"id": 7, "question": "哪个科", "option": {"A": "风湿科", "B": "呼吸科"}}
+    data, out, write_json = tmp_path / "q.json", tmp_path / "p.json", run.write_json
+    data.write_text(json.dumps([question]), encoding="utf-8")
+
+    def full_disk(path, content):
+        if isinstance(content, list):
+            raise OSError("No space left on device")
+        write_json(path, content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "write_json", full_disk)
+        words = ["--data", data, "--out", out, "--submission", tmp_path / "form.json"]
+        evaluate_program(*words, base=long_base, error="No space left")
+    assert read_result(out).predictions[0].prediction
+    monkeypatch.setattr(evaluation, "SCORERS", interrupted("logits", 0))  # nothing may be computed again
+    evaluate_program(*words, "--resume", base=long_base)
+    assert read_json(tmp_path / "form.json")[0]["model_answer"] == read_result(out).predictions[0].prediction
+
+
+def test_non_finite_checkpoint_ends_without_a_finished_result(evaluate_program, tmp_path, base_dir, rows_file):
+    damaged, out = shutil.copytree(base_dir, tmp_path / "damaged"), tmp_path / "p.json"
+    tensors = dict(read_tensors(base_dir / "model.safetensors"))
+    tensors["model.layers.1.input_layernorm.weight"][3] = torch.nan
+    write_tensors(damaged / "model.safetensors", tensors, {"format": "pt"})
+    for method in ("text", "generate"):
+        words = ["--data", rows_file(*ROWS), "--score", method, "--out", out]
+        printed = evaluate_program(*words, base=damaged, error=r"model\.layers\.1\.input_layernorm\.weight")
+        assert not read_result(out).complete
+        assert "0.0%" not in printed
+        out.unlink()
+
+
+def test_file_name_that_is_not_utf_8_survives(evaluate_program, tmp_path, rows_file, monkeypatch):
+    directory = os.fsencode(tmp_path)
+    data, out = (os.fsdecode(os.path.join(directory, name)) for name in (b"caf\xe9.jsonl", b"r\xe9sultat.json"))
+    os.rename(rows_file(*ROWS[:2]), data)
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation, "SCORERS", interrupted("logits", 1))
+        evaluate_program("--data", data, "--out", out, error="interrupted")
+    evaluate_program("--data", data, "--out", out, "--resume")
+    result = read_result(Path(out))
+    assert result.complete
+    assert {p.file for p in result.predictions} == {os.path.basename(data)}
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_questions_and_prompt_can_come_from_pipes(evaluate_program, tmp_path, cmmlu, long_base):
+    prompt = tmp_path / "prompt.txt"
+    prompt.write_text("{question}？\n{options}\n选：", encoding="utf-8")
+    regular, piped = tmp_path / "regular.json", tmp_path / "piped.json"
+    evaluate_program("--data", cmmlu, "--prompt", prompt, "--out", regular, base=long_base)
+    pipes = []
+    for source in (cmmlu, prompt):
+        pipes.append(tmp_path / "pipes" / source.name)
+        pipes[-1].parent.mkdir(exist_ok=True)
+        os.mkfifo(pipes[-1])
+        threading.Thread(target=pipes[-1].write_bytes, args=(source.read_bytes(),), daemon=True).start()
+    evaluate_program("--data", pipes[0], "--prompt", pipes[1], "--out", piped, base=long_base)
+    expected, actual = read_result(regular), read_result(piped)
+    assert actual.predictions == expected.predictions
+    assert actual.protocol["files"] == expected.protocol["files"]
+    assert actual.protocol["files"][0]["sha256"] == hashlib.sha256(cmmlu.read_bytes()).hexdigest()
+
+
+def test_resume_command_is_quoted(evaluate_program, tmp_path, rows_file, monkeypatch):
+    (tmp_path / "my runs").mkdir()
+    words = ["--data", rows_file(*ROWS[:2], name="a 'b'.jsonl"), "--out", tmp_path / "my runs" / "one.json"]
+    monkeypatch.setattr(evaluation, "SCORERS", interrupted("logits", 0))
+    for resume in ([], ["--resume"]):
+        printed = evaluate_program(*words, *resume, error="interrupted")
+        (command,) = re.findall(r"continue with: python -m minidoctor\.evaluate (.*)", printed)
+        assert shlex.split(command)[4:] == [*map(str, words), "--resume"]
+
+
+# --- questions that were trained on ---
+
+
+def test_trained_questions_are_counted_per_file(evaluate_program, tmp_path, adapter_dir, rows_file):
+    files = rows_file(*ROWS[:3], name="one.jsonl"), rows_file(*ROWS[3:], name="two.jsonl")
+    words = ["--adapter", tmp_path / "run", "--data", *files, "--limit", "2"]
+    adapter = shutil.copytree(adapter_dir, tmp_path / "run")
+    printed = evaluate_program(*words, "--out", tmp_path / "unknown.json")
+    assert "does not record its training questions" in printed
+    assert read_json(tmp_path / "unknown.json")["summary"]["files"]["one.jsonl"]["n_trained_on"] is None
+    rows = [row for file in files for row in read_questions(file).rows]
+    hashes = torch.tensor([question_hash(rows[0]), question_hash(rows[2]), 12345])  # rows[2] is beyond --limit
+    write_tensors(adapter / "training_questions.safetensors", {"hashes": hashes})
+    printed = evaluate_program(*words, "--out", tmp_path / "p.json")
+    assert "does not record" not in printed
+    assert "one.jsonl: 1 of 2 questions were trained on" in printed
+    assert "two.jsonl: 0 of 2 questions were trained on" in printed
+    result = read_json(tmp_path / "p.json")
+    assert [p["trained_on"] for p in result["predictions"]] == [True, False, False, False]
+    one, two = (result["summary"]["files"][name] for name in ("one.jsonl", "two.jsonl"))
+    assert (one["n"], one["n_trained_on"], two["n"], two["n_trained_on"]) == (2, 1, 2, 0)
+    other = result["predictions"][1]["correct"]
+    assert (one["others"]["accuracy"], one["others"]["n"]) == (float(other), 1)
+    assert (two["others"]["n"], two["free_form_others"]["n"]) == (1, 1)
+    assert "trained" not in evaluate_program("--data", *files)  # no adapter, no note
+    write_tensors(adapter / "training_questions.safetensors", {"hashes": hashes.float()})
+    evaluate_program(*words, error="training_questions.safetensors: expected")
+
+
+def test_files_of_the_same_name_are_counted_separately(evaluate_program, tmp_path, cmmlu, long_base):
+    dev = tmp_path / "dev" / "anatomy.csv"
+    evaluate_program("--data", cmmlu, dev, "--out", tmp_path / "p.json", base=long_base)
+    files = read_json(tmp_path / "p.json")["summary"]["files"]
+    assert {name: file["n"] for name, file in files.items()} == {str(cmmlu): 3, str(dev): 3}

@@ -5,8 +5,9 @@ from dataclasses import replace
 import pytest
 from random_predictions import EXAM_TYPES, TOPICS, make_prediction, n_correct_of, random_predictions
 
+from minidoctor.evaluate.free_form import RULE
 from minidoctor.evaluate.records import Outcome
-from minidoctor.evaluate.summary import full_summary
+from minidoctor.evaluate.summary import full_summary, summarize_method
 from minidoctor.evaluate.table import format_summary
 
 SUBROWS = ("", "one correct letter", "several correct letters")
@@ -71,6 +72,7 @@ def test_table_contains_every_number_of_the_summary(seed):
         assert f"{name} {100 * summary.trivial_baselines[key]:.1f}%" in text
     assert min(summary.too_long, summary.without_answer, summary.unanswered) > 0
     assert re.search(rf"^{summary.too_long} .*context", text, re.MULTILINE)
+    assert f"free-form: {RULE}" in text
     assert re.search(rf"^{summary.without_answer} .*no known answer", text, re.MULTILINE)
     assert max(map(len, text.splitlines())) <= 120
 
@@ -87,6 +89,38 @@ def test_table_has_no_line_without_content():
 @pytest.mark.parametrize("predictions", [[], [make_prediction()]])
 def test_table_of_nothing_is_its_header(predictions):
     assert len(format_summary(full_summary(predictions)).splitlines()) == 1
+
+
+def test_table_reports_truncated_answers():
+    outcomes = {"generate": Outcome(reply="B and", correct=False, truncated=True)}
+    predictions = [replace(p, outcomes=p.outcomes | outcomes) for p in n_correct_of(3, 2)]
+    predictions += [make_prediction(Outcome(reply="A", correct=True, prediction="A"), scoring="generate")]
+    summary = full_summary(predictions)
+    assert (summary.truncated, summary.n_generated) == (3, 4)
+    assert "3 of 4 generated answers ended at --max-new-tokens" in format_summary(summary)
+    assert "--max-new-tokens" not in format_summary(full_summary(n_correct_of(3, 2)))
+
+
+def test_table_reports_questions_that_were_trained_on():
+    predictions = [replace(p, file="a.csv", trained_on=i < 6) for i, p in enumerate(n_correct_of(20, 10))]
+    predictions += [replace(p, file="b.csv", trained_on=False) for p in n_correct_of(5, 1)]
+    predictions += n_correct_of(4, 3, file="c.jsonl", trained_on=True)
+    predictions += n_correct_of(5, 2, file="c.jsonl", trained_on=False, n_options=0, scoring="generate")
+    summary = full_summary(predictions)
+    assert [(name, f.n, f.n_trained_on) for name, f in summary.files.items()] == [
+        ("a.csv", 20, 6), ("b.csv", 5, 0), ("c.jsonl", 9, 4)
+    ]  # fmt: skip
+    assert summary.files["a.csv"].others == summarize_method(predictions[6:20]).single_answer
+    assert summary.files["c.jsonl"].free_form_others.accuracy == 0.4
+    lines = format_summary(summary).splitlines()
+    i = lines.index("a.csv: 6 of 20 questions were trained on")
+    assert cells(lines[i + 1]) == expected_cells("logits", summary.files["a.csv"].others)
+    assert lines[i + 2] == "b.csv: 0 of 5 questions were trained on"
+    assert lines[i + 3] == "c.jsonl: 4 of 9 questions were trained on"
+    assert cells(lines[i + 4]) == expected_cells("free-form", summary.files["c.jsonl"].free_form_others)
+    unknown = full_summary([replace(p, trained_on=None) for p in predictions])
+    assert unknown.files["a.csv"].n_trained_on is None
+    assert "trained on" not in format_summary(unknown)
 
 
 def test_widest_table_fits_into_120_columns():
