@@ -3,6 +3,7 @@
 python sample.py --adapter out "What is the key test for gout?"
 python sample.py --adapter out                     chat: /reset starts a new conversation, /quit ends, Ctrl-C stops
 python sample.py --adapter out --show-routing "What is the key test for gout?"      with the top-1 expert of each token
+python sample.py --adapter out --page routing.html "What is the key test for gout?"     the routing as a page to open
 python sample.py --adapter out --questions q.txt --out answers.jsonl    one question, or {"question": "..."}, per line
 python sample.py --base DIR --raw "Once upon"      text completion, without a chat format
 """
@@ -19,6 +20,7 @@ from minidoctor.cli.flags import add_flags, add_model_flags, from_flags
 from minidoctor.cli.main import run
 from minidoctor.config import SampleConfig, check
 from minidoctor.ops.compiled import compile_blocks
+from minidoctor.picture.page import write_page
 from minidoctor.picture.terminal import choose_sublayer
 
 
@@ -32,6 +34,7 @@ def parse_flags() -> argparse.Namespace:
     parser.add_argument("--resume", action="store_true", help="continue an unfinished --out; repeat the other flags")
     parser.add_argument("--batch-size", type=int, default=8, help="questions per batch (default 8)")
     parser.add_argument("--show-routing", action="store_true", help="show the top-1 expert of each token")
+    parser.add_argument("--page", metavar="FILE", help="HTML file for the routing of QUESTION and answer, replaced")
     parser.add_argument("--layer", type=int, help="layer of --show-routing (default: the last)")
     parser.add_argument("--compile", action="store_true", help="compile the blocks (about 30 s, then faster decoding)")
     add_model_flags(parser)
@@ -46,6 +49,8 @@ def parse_flags() -> argparse.Namespace:
     check(args.raw or args.question is None or args.question.strip(), "the question is empty")
     check(args.batch_size >= 1, f"--batch-size must be at least 1, got {args.batch_size}")
     check(not args.show_routing or args.adapter, "--show-routing needs an --adapter; the base model has no router")
+    page = args.adapter and args.question is not None and not args.raw
+    check(not args.page or page, "--page needs a QUESTION and an --adapter, and cannot be combined with --raw")
     check(args.layer is None or args.show_routing, "--layer needs --show-routing")
     return args
 
@@ -76,7 +81,11 @@ def main() -> None:
     elif args.question is None:
         chat(model, tokenizer, config, sublayer)
     else:
-        reply(model, tokenizer, [{"role": "user", "content": args.question}], config, sublayer)
+        messages = [{"role": "user", "content": args.question}]
+        messages.append({"role": "assistant", "content": reply(model, tokenizer, messages, config, sublayer)})
+        if args.page:
+            note = "The model generated the answer and read it once more for this page."
+            write_page(Path(args.page), tokenizer, messages, note, [(Path(args.adapter), model)])
 
 
 if __name__ == "__main__":

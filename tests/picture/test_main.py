@@ -104,6 +104,7 @@ def test_bad_input_is_reported_in_one_line_before_anything_is_written(plots, dra
         "{}": '"step" and "loss"',
         "[]": '"step" and "loss"',
         '{"step": 0, "loss": 1, "lm": "x"}': "metrics.jsonl:1: lm",
+        '{"step": 0, "loss": NaN}': "metrics.jsonl:1: loss",
         '{"step": 0, "loss": 1, "loss": 2}': "metrics.jsonl:1: key 'loss'",
         "{": "metrics.jsonl:1: not JSON",
     }
