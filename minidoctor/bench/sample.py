@@ -38,9 +38,8 @@ def bench_sample(config: BenchConfig) -> Result:
     if baselines.installed("transformers"):
         baseline, tokens = baselines.transformers_model(base).eval(), torch.tensor([prompt], device=device)
         calls["transformers"] = partial(baseline.generate, tokens, max_new_tokens=n, min_new_tokens=n, do_sample=False)
-    seconds = alternate(calls, config.rounds, device)
     counts = dict.fromkeys(calls, n) | {"read": N_READS, "batch 8": 8 * n}
-    speed = {name: [counts[name] / s for s in seconds[name]] for name in calls}
+    speed = alternate(calls, counts, config.rounds, device)
     reads, single = speed.pop("read"), speed["batch 1"]
     lower_bound, weights_gb = medians({"read": reads})["read"], sum(weight.nbytes for weight in weights) / 1e9
     return {

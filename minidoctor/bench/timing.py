@@ -33,9 +33,11 @@ def medians(rounds: Rounds) -> dict[str, float]:
     return {name: statistics.median(values) for name, values in rounds.items()}
 
 
-def alternate(calls: Mapping[str, Callable[[], Any]], n_rounds: int, device: torch.device) -> Rounds:
-    """Return the seconds of each call in each round. One more round before these is the warm-up."""
-    seconds: Rounds = {name: [] for name in calls}
+def alternate(
+    calls: Mapping[str, Callable[[], Any]], counts: Mapping[str, float], n_rounds: int, device: torch.device
+) -> Rounds:
+    """Return the count of each call, such as its tokens, per second in each round, after a warm-up round."""
+    rates: Rounds = {name: [] for name in calls}
     for round_number in range(n_rounds + 1):
         for name, call in calls.items():
             start = time.perf_counter()
@@ -43,5 +45,5 @@ def alternate(calls: Mapping[str, Callable[[], Any]], n_rounds: int, device: tor
             if device.type != "cpu":
                 torch.accelerator.synchronize(device)
             if round_number:
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
+                rates[name].append(counts[name] / (time.perf_counter() - start))
+    return rates

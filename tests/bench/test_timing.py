@@ -1,5 +1,8 @@
+from functools import partial
+
 import torch
 
+from minidoctor.bench import timing
 from minidoctor.bench.timing import Ratio, alternate, ratio
 
 
@@ -8,8 +11,10 @@ def test_ratio_divides_within_rounds():
     assert ratio([2.0], None) is None
 
 
-def test_alternate_runs_calls_in_turn_after_a_warm_up_round():
-    order = []
-    seconds = alternate({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, 2, torch.device("cpu"))
+def test_alternate_runs_calls_in_turn_after_a_warm_up_round(monkeypatch):
+    order, clock = [], iter(range(0, 1000, 2))
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: next(clock))
+    calls = {name: partial(order.append, name) for name in "ab"}
+    rates = alternate(calls, {"a": 6, "b": 8}, 2, torch.device("cpu"))
     assert order == ["a", "b"] * 3
-    assert [len(times) for times in seconds.values()] == [2, 2]
+    assert rates == {"a": [3.0, 3.0], "b": [4.0, 4.0]}  # 2 seconds per call
