@@ -10,26 +10,15 @@ from benchmark_files import (
     CMMLU,
     EXPECTED,
     HEADERS,
-    INTERNAL,
     NAMES,
-    ONE,
     RECORDS,
-    SEVERAL,
     format_csv,
     format_file,
 )
-from paths import SHARED
 
 from minidoctor.config import UserError
-from minidoctor.questions.exams import read_answers
 from minidoctor.questions.read import read_questions
 from minidoctor.questions.rows import conversation, format_multiple_choice
-
-DATA = SHARED / "data"
-
-
-def needs(name):
-    return pytest.mark.skipif(not (DATA / name).exists(), reason=f"{name} was not fetched")
 
 
 def replace_cells(kind, **values):
@@ -279,164 +268,3 @@ def test_each_record_of_a_damaged_file_is_read_or_reported(write, kind):
         assert [row.answer for row in rows] == ["".join(sorted(answer)) for answer in answers]
         places = [f"{path}:{line}" for line, (_, is_question) in zip(lines, damage, strict=True) if not is_question]
         assert [message.partition(": ")[0] for message in malformed] == places
-
-
-def without(record, *keys):
-    return {key: value for key, value in record.items() if key not in keys}
-
-
-def answer_record(record):
-    return without(record, "question", "option")
-
-
-def test_answers_are_joined_by_id_in_any_order(write):
-    records = [*CMB[:2], {**CMB[2], "id": "z"}]
-    questions = write(json.dumps([without(record, "answer", "explanation", *INTERNAL) for record in records]), "q.json")
-    unanswered = read_questions(questions).rows
-    assert [(row.answer, len(row.messages), row.metadata) for row in unanswered] == [
-        ("", 1, ONE),
-        ("", 1, SEVERAL),
-        ("", 1, ONE),
-    ]
-    whole = read_questions(write(json.dumps(records), "whole.json"))
-    assert whole.rows[:2] == EXPECTED["cmb"][:2]
-    for order in (records, records[::-1]):
-        answers = write(json.dumps([answer_record(record) for record in order]), "a.json")
-        assert read_questions(questions, answers) == whole
-
-
-def test_questions_without_a_published_answer_stay_without(write):
-    questions = write(json.dumps([without(record, "answer") for record in CMB]), "q.json")
-    answers = write(json.dumps([answer_record(CMB[1])]), "a.json")
-    rows, malformed = read_questions(questions, answers)
-    assert ([row.answer for row in rows], malformed) == (["", "ABD", ""], [])
-
-
-def test_answers_that_belong_to_no_question_are_counted(write):
-    questions = write(json.dumps([without(CMB[1], "answer")] * 2), "q.json")
-    answers = write(json.dumps([{"id": 98, "answer": "A"}, answer_record(CMB[1]), {"id": 99, "answer": "B"}]), "a.json")
-    rows, (message,) = read_questions(questions, answers)
-    assert [row.answer for row in rows] == ["ABD", "ABD"]
-    assert message.startswith(f"{answers}: 2 of 3 answers")
-    json_lines = write(json.dumps({"id": 12, "question": "x", "answer": "y"}), "q.jsonl")
-    (message,) = read_questions(json_lines, answers).malformed  # answers are for CMB only
-    assert message.startswith(f"{answers}: 3 of 3 answers")
-
-
-@pytest.mark.parametrize("key", ["exam_type", "exam_class", "exam_subject", "question_type", "answer"])
-def test_a_file_of_answers_that_contradicts_the_questions_is_reported(write, key):
-    questions = write(json.dumps(CMB), "q.json")
-    answers = write(json.dumps([{**answer_record(CMB[0]), key: "A"}, answer_record(CMB[1])]), "a.json")
-    rows, malformed = read_questions(questions, answers)
-    assert [row.id for row in rows] == ["12", "row-3"]
-    assert len(malformed) == 2
-    assert malformed[0].startswith(f"{questions}:1: {key} is {CMB[0][key]!r}")
-    assert malformed[1].startswith(f"{answers}: 1 of 2 answers")
-
-
-@pytest.mark.parametrize("order", ["ABD", "BDA", "DAB"])
-def test_a_file_of_answers_may_order_the_letters_differently(write, order):
-    questions = write(json.dumps([CMB[1]]), "q.json")
-    answers = write(json.dumps([{**answer_record(CMB[1]), "answer": order}]), "a.json")
-    assert read_questions(questions, answers) == ([EXPECTED["cmb"][1]], [])
-
-
-def test_a_file_of_answers_is_not_a_file_of_questions(write):
-    with pytest.raises(UserError, match=r"a\.json:1: .*--answers"):
-        read_questions(write(json.dumps([answer_record(record) for record in CMB[:2]]), "a.json"))
-
-
-@pytest.mark.parametrize("record", [{"answer": "A"}, {"id": 1}, {"id": 1, "answer": 3}, "A", ["A"]])
-def test_a_malformed_answer_is_reported_with_file_and_line(write, record):
-    text, lines = format_file("cmb", [answer_record(CMB[0]), record])
-    answers = write(text, "a.json")
-    with pytest.raises(UserError, match=f"{answers}:{lines[1]}: expected"):
-        read_questions(write(json.dumps(CMB), "q.json"), answers)
-
-
-def test_a_file_of_answers_is_a_list_in_utf_8_with_one_answer_per_question(write):
-    text = json.dumps([answer_record(CMB[0])], ensure_ascii=False)
-    assert (
-        read_answers(write(BOM + text, "a.json"))
-        == read_answers(write(text, "a.json"))
-        == {"11": answer_record(CMB[0])}
-    )
-    for content, message in (
-        (text.encode("gbk"), r"a\.json:1: not UTF-8"),
-        ('{"answers": []}', r"a\.json: expected a JSON list"),
-        ('[{"id": 1, "answer": "A"},\n{"id": 1, "answer": "B"}]', r"a\.json:2: a second answer for question 1"),
-        ('[{"id": 1, "answer": "A"},\n{"id": 2, "answer": "A", "answer": "B"}]', r"a\.json:2: .*'answer' occurs 2"),
-    ):
-        with pytest.raises(UserError, match=message):
-            read_answers(write(content, "a.json"))
-
-
-def dict_rows(path):
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        return list(csv.DictReader(file))
-
-
-@needs("cmmlu_med")
-def test_all_of_cmmlu_med():
-    rows, malformed = read_questions(DATA / "cmmlu_med" / "test")
-    assert (len(rows), malformed, len({row.topic for row in rows})) == (1709, [], 8)
-    expected = [
-        (path.stem, f"{path.stem}-{i}", cells["Question"].strip(), {x: cells[x] for x in "ABCD"}, cells["Answer"])
-        for path in sorted((DATA / "cmmlu_med" / "test").glob("*.csv"))
-        for i, cells in enumerate(dict_rows(path))
-    ]
-    assert [(row.topic, row.id, row.question, row.options, row.answer) for row in rows] == expected
-    assert {(row.exam, row.multiple_answers, row.explanation) for row in rows} == {("cmmlu", False, "")}
-
-
-@needs("cmexam/val.csv")
-def test_all_of_cmexam_val():
-    path = DATA / "cmexam" / "val.csv"
-    rows, malformed = read_questions(path)
-    assert (len(rows), len(malformed)) == (6810, 1)
-    assert malformed[0].startswith(f"{path}:26678: ")
-    assert "'nan'" in malformed[0]
-    assert sum(row.multiple_answers for row in rows) == sum(len(row.answer) > 1 for row in rows) == 210
-    records = dict_rows(path)
-    assert {f"val-{i}" for i, cells in enumerate(records) if cells["Answer"] != "nan"} == {row.id for row in rows}
-    for row in rows:
-        cells = records[int(row.id.removeprefix("val-"))]
-        assert row.question == cells["Question"].strip()
-        assert row.answer == "".join(sorted(cells["Answer"].strip()))
-        lines = [line[0] + line[2:].strip() for line in cells["Options"].split("\n") if line]
-        assert [x + text.strip() for x, text in row.options.items()] == lines
-        assert row.explanation == ("" if cells["Explanation"] == "nan" else cells["Explanation"].strip())
-
-
-@needs("cmb/CMB-sample.json")
-def test_all_of_the_cmb_sample_with_its_answers_in_one_file_or_two(write):
-    path = DATA / "cmb" / "CMB-sample.json"
-    rows, malformed = read_questions(path)
-    records = json.loads(path.read_text(encoding="utf-8"))
-    assert (len(rows), malformed) == (len(records), []) == (190, [])
-    for row, record in zip(rows, records, strict=True):
-        assert (row.question, row.answer) == (record["question"].strip(), record["answer"])
-        assert row.options == {letter: text for letter, text in record["option"].items() if text}
-    records = [{"id": i, **record} for i, record in enumerate(records)]
-    questions = write(json.dumps([without(record, "answer") for record in records]), "q.json")
-    assert {row.answer for row in read_questions(questions).rows} == {""}
-    random.Random(0).shuffle(records)
-    joined, malformed = read_questions(questions, write(json.dumps([answer_record(r) for r in records]), "a.json"))
-    assert malformed == []
-    assert [vars(row) | {"id": ""} for row in joined] == [vars(row) | {"id": ""} for row in rows]
-
-
-@needs("cmb/CMB-test-choice-answer-first300.json")
-def test_the_published_file_of_answers_of_cmb(write):
-    path = DATA / "cmb" / "CMB-test-choice-answer-first300.json"
-    records = json.loads(path.read_text(encoding="utf-8"))
-    assert read_answers(path) == {str(record["id"]): record for record in records}
-    option = {letter: f"选项{letter}" for letter in "ABCDE"}
-    questions = [{"id": record["id"], "question": f"题 {record['id']}", "option": option} for record in records]
-    rows, malformed = read_questions(write(json.dumps(questions), "q.json"), path)
-    assert malformed == []
-    assert [(row.answer, row.topic, row.multiple_answers) for row in rows] == [
-        ("".join(sorted(r["answer"])), r["exam_subject"], r["question_type"] != "单项选择题") for r in records
-    ]
-    with pytest.raises(UserError, match="--answers"):
-        read_questions(path)
