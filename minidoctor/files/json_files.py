@@ -3,6 +3,7 @@
 import json
 import os
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -21,10 +22,9 @@ def read_bytes(path: Path, pipe: bool = False) -> bytes:
 
 
 def check_regular(path: Path, pipe: bool = False) -> None:
-    if os.path.islink(path) and not os.path.exists(path):  # as after an interrupted download
-        raise FileNotFoundError(f"{path}: a symlink to {os.readlink(path)}, which does not exist")
     if not os.path.exists(path):  # unlike Path.exists also False for a name that is too long
-        raise FileNotFoundError(f"{path}: no such file")
+        link = f", the symlink leads to {os.readlink(path)}" if os.path.islink(path) else ""
+        raise FileNotFoundError(f"{path}: no such file{link}")
     check(not path.is_dir(), f"{path}: a directory, expected a file")
     check(pipe or path.is_file(), f"{path}: not a regular file; copy its content into one")
 
@@ -56,14 +56,13 @@ def read_lines(path: Path, pipe: bool = False) -> list[str]:
     return split_lines(read_text(path, pipe))
 
 
-def parse_json(text: str) -> Any:
-    """Parse JSON without repeated keys. Raises UserError, without a file name."""
+def parse_json(text: str | bytes, where: str = "") -> Any:
+    """Parse JSON without repeated keys. Raises UserError, whose message begins with `where`."""
     try:
         return json.loads(text, object_pairs_hook=unique_keys)
-    except UserError:
-        raise
     except (ValueError, RecursionError) as error:
-        raise UserError(f"not JSON ({error})") from None
+        reason = error if isinstance(error, UserError) else f"not JSON ({error})"
+        raise UserError(f"{where}{reason}") from None
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -77,11 +76,7 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def read_json(path: Path) -> Any:
     """Read a JSON file. Raises FileNotFoundError or UserError."""
-    text = read_text(path)
-    try:
-        return parse_json(text)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
+    return parse_json(read_text(path), f"{path}: ")
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -122,21 +117,22 @@ def write_atomically(path: Path, *chunks: bytes | memoryview) -> None:
         raise OSError(f"{path}: cannot be written ({error.strerror}); its previous content is unchanged") from None
     finally:
         if not direct:
-            temporary.unlink(missing_ok=True)
+            with suppress(OSError):
+                temporary.unlink()
 
 
 def from_json(config: type, content: Any) -> Any:
-    """The dataclass with the fields of a JSON object, each of its type. Raises ValueError."""
+    """Return the dataclass `config` with the fields of a JSON object, checked against their types. Raises UserError."""
     check(isinstance(content, dict), f"expected an object, got {type(content).__name__}")
     types, fields = get_type_hints(config), {}
     for name, value in content.items():
         check(name in types, f"unknown setting {name!r:.40}")
-        if isinstance(value, list):
+        if isinstance(value, list):  # the tuples of the configurations contain strings
             value = tuple(value) if all(isinstance(item, str) for item in value) else None
         kind = {float: (int, float)}.get(types[name], getattr(types[name], "__origin__", types[name]))
-        right = isinstance(value, kind) and (type(value) is not bool or kind is bool)
-        check(right, f"{name} is {value!r:.40}, expected {getattr(types[name], '__name__', 'another type')}")
+        valid = isinstance(value, kind) and (type(value) is not bool or kind is bool)
+        check(valid, f"{name} is {value!r:.40}, expected {getattr(types[name], '__name__', 'another type')}")
         fields[name] = value
-    missing = sorted(set(types) - set(fields))
+    missing = sorted(types.keys() - fields.keys())
     check(not missing, f"no {', '.join(missing)}")
     return config(**fields)

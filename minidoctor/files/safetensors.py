@@ -45,10 +45,7 @@ def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
         length = struct.unpack("<Q", start[:8])[0] if len(start) >= 8 else size
         fits = 8 + length <= size and length <= LARGEST_HEADER
         check(fits, f"{path}: truncated or not safetensors: header of {length} bytes, file of {size} bytes")
-        try:
-            header = parse_json(file.read(length).decode())
-        except ValueError as error:
-            raise UserError(f"{path}: header: {error}") from None
+        header = parse_json(file.read(length), f"{path}: header: ")
     metadata = header.pop("__metadata__", {}) if isinstance(header, dict) else None
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise UserError(f"{path}: header must be an object, its __metadata__ an object of strings")

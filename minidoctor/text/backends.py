@@ -98,14 +98,13 @@ class JsonBackend:
     """A `tokenizer.json`, read by the optional package `tokenizers`, which also encodes and decodes added words."""
 
     bos_id = eos_id = None  # stored in tokenizer_config.json only
-    words: dict[str, int] = {}  # noqa: RUF012
 
     def __init__(self, path: Path):
         try:
             from tokenizers import Tokenizer as Reader
         except ImportError:
             raise UserError(f"{path} needs one more package: pip install tokenizers") from None
-        content = read_object(path)
+        content, self.words = read_object(path), dict[str, int]()
         try:
             tokens = content.get("added_tokens") or []
             self.added = [AddedToken(token["content"], token["id"], not token["special"]) for token in tokens]

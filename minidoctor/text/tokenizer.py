@@ -106,8 +106,6 @@ def load_tokenizer(directory: str | Path, chat_format: str = "auto") -> Tokenize
     Raises FileNotFoundError or UserError.
     """
     directory = follow_snapshot(directory)
-    if not directory.is_dir():
-        raise FileNotFoundError(f"{directory}: no such directory")
     formats = ["auto", *CHAT_FORMATS]
     check(chat_format in formats, f"chat_format must be one of {', '.join(formats)}, got {chat_format!r}")
     try:

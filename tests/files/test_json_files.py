@@ -186,10 +186,11 @@ def test_write_goes_directly_into_a_pipe_or_device(tmp_path):
 
 
 def test_failed_write_is_reported_with_the_file(tmp_path):
-    for path in (tmp_path / "nowhere" / "a", tmp_path):
-        with pytest.raises(OSError, match=f"{path}: "):
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "nowhere" / "a", tmp_path / "file" / "a", tmp_path / ("x" * 300), tmp_path):
+        with pytest.raises(OSError, match=f"^{path}: "):
             write_atomically(path, b"text")
-    assert os.listdir(tmp_path) == []
+    assert os.listdir(tmp_path) == ["file"]
 
 
 @dataclass(frozen=True)
