@@ -37,7 +37,7 @@ def run(main: Callable[[], None]) -> None:
     """Run a program's main and exit with code 2 for bad input, 1 for a failure during the work, 130 for Ctrl-C."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # an ASCII or Latin-1 terminal gets "\u75db" instead of an exception
-            stream.reconfigure(errors="backslashreplace")
+            stream.reconfigure(errors="backslashreplace", line_buffering=True)  # the log of a background run
     try:
         main()
     except BaseException as error:

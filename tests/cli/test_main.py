@@ -86,3 +86,8 @@ def test_a_value_error_in_the_code_shows_its_traceback():
 def test_text_that_the_terminal_cannot_print_is_escaped(encoding, expected):
     ended = start(r'print("caf\xe9 \u75db \udce9")', PYTHONIOENCODING=encoding)
     assert (ended.returncode, ended.stdout) == (0, expected)
+
+
+@pytest.mark.slow
+def test_printed_lines_reach_a_log_file_at_once():
+    assert start(r'print("step 1"); print("step"); __import__("os")._exit(0)').stdout == b"step 1\nstep\n"
