@@ -90,4 +90,5 @@ def test_text_that_the_terminal_cannot_print_is_escaped(encoding, expected):
 
 @pytest.mark.slow
 def test_printed_lines_reach_a_log_file_at_once():
-    assert start(r'print("step 1"); print("step"); __import__("os")._exit(0)').stdout == b"step 1\nstep\n"
+    ended = start('print("step 1"); print("step 2"); __import__("os")._exit(0)', PYTHONUNBUFFERED="")
+    assert ended.stdout == b"step 1\nstep 2\n"

@@ -114,7 +114,7 @@ def test_training_learns_and_logs_every_step(train_run, data):
     assert report["eval_trained"] == 24
     load = torch.tensor(report["expert_load"])
     assert load.shape == (4, 4)  # attention and feed-forward of two layers
-    torch.testing.assert_close(load.sum(1), torch.ones(4))
+    torch.testing.assert_close(load.sum(1), torch.ones(4), rtol=0, atol=1e-3)  # stored with 4 digits
     rows = metrics_rows(out)
     assert [row["step"] for row in rows] == list(range(60))
     fill = [row["queue_fill"] for row in rows]
