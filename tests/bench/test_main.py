@@ -4,10 +4,11 @@ from dataclasses import replace
 import pytest
 
 from minidoctor.bench import __main__ as bench
-from minidoctor.bench import baselines, implementations
+from minidoctor.bench import baselines, implementations, sample
 from minidoctor.bench.memory import CLEAR_PEAK
 from minidoctor.bench.options import SHAPES
 from minidoctor.config import ModelConfig
+from minidoctor.model import Model
 
 TINY_SHAPE = ModelConfig(60, 16, 2, 2, 1, 8, 24, 64)
 TRAIN = ["train", "--layers", 2, "--seq-len", 16, "--batch-size", 2, "--rank", 2, "--rounds", 2]
@@ -51,6 +52,21 @@ def test_sample_prints_speeds_and_ratios_as_one_json_object(tiny_shapes, run_ben
     assert (result["ratio_to_transformers"] is not None) == baselines.installed("transformers")
     assert result["weights_gb"] > 0
     assert result["bandwidth_gb_per_second"] == pytest.approx(result["lower_bound"] * result["weights_gb"])
+
+
+def test_sample_counts_reads_of_all_weights_and_tokens_of_all_rows(tiny_shapes, run_bench, monkeypatch):
+    calls, counts = {}, {}
+
+    def spy(some_calls, some_counts, n_rounds, device):
+        calls.update(some_calls), counts.update(some_counts)
+        return {name: [1.0] for name in some_calls}
+
+    monkeypatch.setattr(sample, "alternate", spy)
+    run_bench(*SAMPLE)
+    n_tensors = len(list(Model(TINY_SHAPE).parameters()))
+    assert len(calls["read"]()) == counts["read"] * n_tensors
+    for name in ("batch 1", "batch 8"):
+        assert sum(map(len, calls[name]())) == counts[name]
 
 
 @pytest.mark.parametrize(("words", "n_models"), [(TRAIN, 4), (SAMPLE, 1)])  # contrast, none, plain LoRA, frozen

@@ -1,6 +1,9 @@
+import pytest
+
+from minidoctor.bench import train
 from minidoctor.bench.implementations import make_step, random_batch
 from minidoctor.bench.options import FEED_FORWARD, BenchConfig
-from minidoctor.bench.train import count_operations, question_batches
+from minidoctor.bench.train import bench_train, count_operations, question_batches, training_steps
 from minidoctor.config import AdapterConfig, ModelConfig, TrainConfig
 from minidoctor.model import Model
 
@@ -21,12 +24,49 @@ def test_count_operations_equals_products_of_forward_and_backward():
     assert counted == 2 * per_layer - not_computed + 2 * 2 * n * d * v  # twice the output layer, on answers only
 
 
-def test_question_batches_are_sorted_by_length_for_minidoctor_only(base_dir, rows_file):
+def test_training_steps_differ_in_contrast_experts_and_compilation(monkeypatch):
+    settings = []
+    monkeypatch.setattr(train, "make_step", lambda base, adapter, config, loop=False: (adapter, config, loop))
+    monkeypatch.setattr(train, "make_frozen_step", lambda base, compiled: settings.append(compiled))
+    monkeypatch.setattr(train.baselines, "installed", lambda *packages: False)
+    steps = training_steps(None, BenchConfig(compile=True, rank=4))
+    assert settings == [True]
+    assert {name: step[0].n_experts for name, step in steps.items() if step} == {
+        "minidoctor": 8,
+        "minidoctor, no contrast": 8,
+        "minidoctor, plain LoRA": 1,
+        "minidoctor, loop over experts": 8,
+        "minidoctor, not compiled": 8,
+    }
+    assert all(step[0].rank == 4 and step[0].targets == FEED_FORWARD for step in steps.values() if step)
+    assert [name for name, step in steps.items() if step and not step[1].contrast_weight] == ["minidoctor, no contrast"]
+    assert [name for name, step in steps.items() if step and step[2]] == ["minidoctor, loop over experts"]
+    eager = [name for name, step in steps.items() if step and not step[1].compile]
+    assert eager == ["minidoctor, loop over experts", "minidoctor, not compiled"]
+
+
+@pytest.fixture
+def question_config(base_dir, rows_file):
     rows = [{"question": "gout?", "answer": "uric acid " * (1 + i % 8)} for i in range(32)]
-    config = BenchConfig(base=str(base_dir), data=str(rows_file(*rows)))
-    by_length, shuffled = question_batches(config)
-    assert [sum(map(len, batches)) for batches in ([b.tokens for b in by_length], [b.tokens for b in shuffled])] == [
-        32
-    ] * 2
+    return BenchConfig(base=str(base_dir), data=str(rows_file(*rows)), rounds=1)
+
+
+def test_question_batches_are_sorted_by_length_or_shuffled(question_config):
+    by_length, shuffled = question_batches(question_config)
+    for batches in (by_length, shuffled):
+        assert [len(batch.tokens) for batch in batches] == [4] * 8
     n_padding = [sum(int((~b.attention_mask).sum()) for b in batches) for batches in (by_length, shuffled)]
     assert n_padding[0] == 0 < n_padding[1]
+
+
+def test_only_baselines_get_shuffled_questions(question_config, monkeypatch):
+    names = ["minidoctor, no contrast", "minidoctor, plain LoRA", "minidoctor, loop over experts", "frozen model"]
+    padding = {name: [] for name in ["minidoctor", *names, "peft", "mixlora"]}
+    steps = {
+        name: lambda batch, values=values: values.append(int((~batch.attention_mask).sum()))
+        for name, values in padding.items()
+    }
+    monkeypatch.setattr(train, "training_steps", lambda base, config: steps)
+    bench_train(question_config)
+    assert all(len(values) == 2 * 8 for values in padding.values())  # 8 batches in the warm-up and in the round
+    assert [name for name, values in padding.items() if sum(values)] == ["peft", "mixlora"]
