@@ -29,7 +29,7 @@ class StoredTensor(NamedTuple):
     entry: Entry
 
 
-# For each stored tensor the names and shapes of the model's tensors whose rows it contains: itself, except W_pack.
+# Names and shapes of the model's tensors that each stored tensor contains: three for W_pack, otherwise one.
 Layout = dict[str, dict[str, tuple[int, ...]]]
 # Parts that a wrapper of the saved model has added to the names.
 WRAPPERS = {"_orig_mod.": "torch.compile", "module.": "DistributedDataParallel or FSDP", "base_model.": "peft"}

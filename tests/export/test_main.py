@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny_checkpoints import change_json, change_tensors, randomize, write_shards
 
-from minidoctor.checkpoints.adapters import ADAPTER, load_adapted_model, save_adapter_config
+from minidoctor.checkpoints.adapters import ADAPTER, load, load_adapted_model, save_adapter_config
 from minidoctor.checkpoints.families import read_model_config
 from minidoctor.checkpoints.hugging_face import checkpoint_hash, load_model, save_model
 from minidoctor.checkpoints.peft import CONFIG, WEIGHTS, write_peft
@@ -209,6 +209,29 @@ def test_merged_checkpoint_generates_the_same_answer(call, tmp_path, base_dir, p
     config = SampleConfig(max_new_tokens=8)
     answers = [complete(model, [prompt], config, tokenizer.eos_ids)[0] for model in models]
     assert answers[0] == answers[1] != answers[2]
+
+
+def test_program_file_of_a_tokenizer_is_not_referenced(call, tmp_path, base_dir):
+    base = shutil.copytree(base_dir, tmp_path / "base")
+    settings = {"auto_map": {"AutoTokenizer": ["tokenization_baichuan.Tokenizer", None]}, "add_bos_token": False}
+        "auto_map": {"AutoTokenizer": ["tokenization_baichuan.BaichuanTokenizer", None]},
+        "add_bos_token": False,
+    }
+    (base / "tokenizer_config.json").write_text(json.dumps(settings | {"tokenizer_class": "BaichuanTokenizer"}))
+    assert call("--base", base, "--adapter", write_adapter(tmp_path / "a", base), "--merge", tmp_path / "out")[0] == 0
+    written = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    assert written == {"auto_map": None, "add_bos_token": False, "tokenizer_class": "LlamaTokenizer"}
+
+
+@pytest.mark.parametrize("target", ["--peft", "--merge"])
+def test_chat_format_of_the_training_is_exported_or_reported(call, tmp_path, base_dir, plain_dir, target):
+    save_adapter_config(plain_dir, str(base_dir), PLAIN, "plain")
+    code, out, _ = call("--base", base_dir, "--adapter", plain_dir, target, tmp_path / "out")
+    assert code == 0
+    assert "--chat-format plain" in out
+    if target == "--peft":
+        assert load(base_dir)[1].chat_format != "plain"
+        assert load(base_dir, tmp_path / "out")[1].chat_format == "plain"
 
 
 def test_exported_adapter_loads_equal(call, tmp_path, kind):
