@@ -11,6 +11,7 @@ import argparse
 
 from minidoctor.cli.flags import add_flags, add_model_flags, from_flags
 from minidoctor.cli.main import run
+from minidoctor.cli.processes import start_processes
 from minidoctor.evaluate.compare import compare_files
 from minidoctor.evaluate.protocol import EvalConfig
 from minidoctor.evaluate.run import RunConfig, run_evaluation
@@ -34,7 +35,8 @@ def main() -> None:
     if flags["compare"]:
         print(compare_files(*flags["compare"]))
     else:
-        run_evaluation(from_flags(RunConfig, flags), from_flags(EvalConfig, flags))
+        processes = start_processes(flags["device"])
+        run_evaluation(from_flags(RunConfig, flags), from_flags(EvalConfig, flags), processes)
 
 
 if __name__ == "__main__":

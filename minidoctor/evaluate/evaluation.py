@@ -7,13 +7,15 @@ interrupted evaluation continues with the missing ones.
 import hashlib
 import json
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
 from minidoctor.checkpoints.hugging_face import find_non_finite
+from minidoctor.cli.processes import Processes
 from minidoctor.config import UserError
 from minidoctor.evaluate.extraction import read_letters
 from minidoctor.evaluate.free_form import contains
@@ -22,6 +24,7 @@ from minidoctor.evaluate.protocol import EvalConfig
 from minidoctor.evaluate.records import Outcome, Prediction
 from minidoctor.evaluate.scoring import SCORERS, decide
 from minidoctor.evaluate.summary import Summary, full_summary
+from minidoctor.files.json_files import write_json
 from minidoctor.generate import NonFiniteLogits
 from minidoctor.model import Model
 from minidoctor.questions.rows import Row
@@ -72,6 +75,7 @@ def make_prediction(question: PromptedQuestion, config: EvalConfig, outcomes: di
     outcome = outcomes.get(headline)
     return Prediction(
         **{name: getattr(row, name) for name in ROW_FIELDS},
+        **{name: getattr(question, name) for name in ("shots", "file", "trained_on")},
         answer="".join(sorted(row.answer)) if row.options else row.answer,
         prediction=outcome.prediction if outcome else None,
         correct=outcome.correct if outcome else None,
@@ -82,9 +86,6 @@ def make_prediction(question: PromptedQuestion, config: EvalConfig, outcomes: di
         longest_option=max(row.options, key=lambda letter: len(row.options[letter]), default=""),
         question_sha256=sha256(json.dumps([row.question, row.options])),
         prompt_sha256=sha256(question.text),
-        shots=question.shots,
-        file=question.file,
-        trained_on=question.trained_on,
     )
 
 
@@ -101,54 +102,63 @@ def prompt_rows(
 
 @dataclass
 class Evaluation:
-    """The questions of an evaluation, and the outcomes so far: of each question, by method."""
+    """An evaluation in progress: its questions, their outcomes by method, and the result file, if there is one."""
 
     prompter: Prompter
     questions: list[PromptedQuestion]
     outcomes: list[dict[str, Outcome]]
+    out: Path | None = None
+    protocol: dict[str, Any] = field(default_factory=dict)
 
-    def answer(self, model: Model, show: bool = True, save: Callable[[], None] = lambda: None) -> None:
-        """Add the missing outcomes, longest questions first. Call `save` once a minute; Ctrl-C may interrupt.
+    def answer(self, model: Model, show: bool = True, processes: Processes = Processes()) -> None:  # noqa: B008
+        """Add the missing outcomes, longest questions first, and save once a minute. Ctrl-C may interrupt.
 
-        Raises UserError with the name of a tensor of the model that is not finite.
+        Each process answers its share of the questions, and in the end all have all outcomes. Raises UserError with
+        the name of a tensor of the model that is not finite.
         """
+        todo: dict[str, list[int]] = {method: [] for method in SCORERS}
+        for i, question in enumerate(self.questions):
+            for method in applicable_methods(self.prompter.config, question.row):
+                todo[method] += [] if method in self.outcomes[i] else [i]
+        todo = {method: indices[processes.rank :: processes.size] for method, indices in todo.items()}
+        saved, show = time.monotonic(), show and processes.is_first
+        with tqdm(total=sum(map(len, todo.values())), desc="evaluating", leave=False, disable=not show) as progress:
+            for method, indices in todo.items():
+                marks: list[bool] = []
+                for i in self.add_outcomes(model, method, indices):
+                    correct = self.outcomes[i][method].correct
+                    marks += [] if correct is None else [correct]
+                    progress.set_postfix_str(f"{method} {sum(marks) / max(1, len(marks)):.1%}", refresh=False)
+                    progress.update()
+                    if time.monotonic() - saved > SAVE_INTERVAL:
+                        self.save()
+                        saved = time.monotonic()
+        for share in processes.gather(self.outcomes):
+            for done, outcomes in zip(self.outcomes, share, strict=True):
+                done |= outcomes
+
+    def add_outcomes(self, model: Model, method: str, indices: list[int]) -> Iterator[int]:
+        """Add the outcomes of one method, and yield the index of each question that is done."""
         try:
-            self.add_outcomes(model, show, save)
+            for k, outcomes in SCORERS[method](model, self.prompter, [self.questions[i] for i in indices]):
+                row = self.questions[indices[k]].row
+                self.outcomes[indices[k]] |= {name: judge(row, outcome) for name, outcome in outcomes.items()}
+                yield indices[k]
         except NonFiniteLogits as error:
             tensor = find_non_finite(model)
             cause = f"{tensor} contains NaN or infinity" if tensor else "an overflow; try --dtype float32"
             raise UserError(f"{error}: {cause}") from None
 
-    def add_outcomes(self, model: Model, show: bool, save: Callable[[], None]) -> None:
-        todo = {method: self.missing(method) for method in SCORERS}
-        saved = time.monotonic()
-        with tqdm(total=sum(map(len, todo.values())), desc="evaluating", leave=False, disable=not show) as progress:
-            for method, indices in todo.items():
-                marks: list[bool] = []
-                for k, outcomes in SCORERS[method](model, self.prompter, [self.questions[i] for i in indices]):
-                    row, done = self.questions[indices[k]].row, self.outcomes[indices[k]]
-                    done |= {name: judge(row, outcome) for name, outcome in outcomes.items()}
-                    marks += [] if done[method].correct is None else [bool(done[method].correct)]
-                    progress.update()
-                    if marks:
-                        progress.set_postfix_str(f"{method} {sum(marks) / len(marks):.1%}", refresh=False)
-                    if time.monotonic() - saved > SAVE_INTERVAL:
-                        save()
-                        saved = time.monotonic()
-
-    def missing(self, method: str) -> list[int]:
-        """Return the indices of the questions that the method applies to and that have no outcome of it yet."""
-        config = self.prompter.config
-        return [
-            i
-            for i, question in enumerate(self.questions)
-            if method in applicable_methods(config, question.row) and method not in self.outcomes[i]
-        ]
-
     def result(self) -> Result:
         pairs = zip(self.questions, self.outcomes, strict=True)
         predictions = [make_prediction(question, self.prompter.config, outcomes) for question, outcomes in pairs]
         return Result(full_summary(predictions), predictions)
+
+    def save(self, complete: bool = False) -> None:
+        if self.out:
+            summary, predictions = self.result()
+            content = {"complete": complete, "protocol": self.protocol, "summary": asdict(summary)}
+            write_json(self.out, content | {"predictions": [asdict(prediction) for prediction in predictions]})
 
 
 def evaluate(
@@ -157,11 +167,11 @@ def evaluate(
     rows: Sequence[Row],
     show_progress: bool = True,
     config: EvalConfig = EvalConfig(),  # noqa: B008  # frozen
-    pool: Sequence[Row] = (),
+    processes: Processes = Processes(),  # noqa: B008  # frozen
 ) -> Result:
-    """Return the predictions for all rows and their summary; few-shot examples are taken from `pool`."""
+    """Return the predictions for all rows and their summary."""
     prompter = Prompter(tokenizer, config)
-    questions = prompt_rows(prompter, rows, pool, model.config.max_seq_len, show_progress)
+    questions = prompt_rows(prompter, rows, [], model.config.max_seq_len, show_progress)
     evaluation = Evaluation(prompter, questions, [{} for _ in questions])
-    evaluation.answer(model, show_progress)
+    evaluation.answer(model, show_progress, processes)
     return evaluation.result()

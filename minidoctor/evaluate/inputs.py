@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from minidoctor.checkpoints.adapters import ADAPTER, CONFIG
+from minidoctor.checkpoints.peft import WEIGHTS
 from minidoctor.config import check
 from minidoctor.files.json_files import read_bytes
 from minidoctor.files.safetensors import read_tensors
@@ -50,10 +52,8 @@ def find_dev_files(data: list[Path]) -> list[Path]:
 
 
 def hash_adapter(directory: str) -> str:
-    digest = hashlib.sha256()
-    for file in sorted(Path(directory).glob("adapter*")):
-        digest.update(file.read_bytes())
-    return digest.hexdigest()
+    files = [Path(directory) / name for name in (CONFIG, ADAPTER, WEIGHTS)]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files if file.is_file())).hexdigest()
 
 
 def read_training_hashes(adapter: str) -> set[int] | None:

@@ -202,9 +202,7 @@ class Prompter:
         letters = list(question.row.options)
         spelled = [self.answer_tokens(question.text, letter) for letter in letters]
         if len(set(map(tuple, spelled))) < len(letters):
-            raise UserError(
-                f"the tokenizer has the same tokens for two of the letters {', '.join(letters)}: score text"
-            )
+            raise UserError(f"the tokenizer has equal tokens for two of the letters {', '.join(letters)}: score text")
         # A common beginning, such as a space that is a separate token, belongs to the prompt.
         same = 0
         while all(len(ids) > same + 1 and ids[same] == spelled[0][same] for ids in spelled):

@@ -3,13 +3,14 @@
 import os
 import shlex
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from minidoctor.checkpoints.adapters import load
 from minidoctor.checkpoints.hugging_face import checkpoint_hash
 from minidoctor.cli.device import choose_device, choose_dtype
+from minidoctor.cli.processes import Processes
 from minidoctor.config import UserError, check, check_range
 from minidoctor.evaluate.evaluation import Evaluation, prompt_rows, sha256
 from minidoctor.evaluate.free_form import RULE
@@ -23,7 +24,7 @@ from minidoctor.evaluate.inputs import (
 )
 from minidoctor.evaluate.prompts import Prompter
 from minidoctor.evaluate.protocol import EvalConfig, protocol_differences
-from minidoctor.evaluate.records import Prediction, ResultFile, read_result
+from minidoctor.evaluate.records import ResultFile, read_result
 from minidoctor.evaluate.table import format_summary
 from minidoctor.files.json_files import write_json
 from minidoctor.model import Model
@@ -32,10 +33,9 @@ from minidoctor.text.stream import printable
 
 RULES = {
     "single_answer": "the option with the highest score, the first of equal ones",
-    "multiple_answers": "every option whose score is at least the mean of the question's scores; these are the "
-    "questions that have CMB's question type, elsewhere those with several letters in the answer",
+    "multiple_answers": "every option whose score is at least the mean of the question's scores",
     "text": "the bare question: no prompt, options or few-shot examples",
-    "generate": "answer extraction without a default: an unreadable answer is unanswered and wrong",
+    "generate": "an answer without readable letters is unanswered and wrong",
     "free_form": RULE,
 }
 
@@ -97,39 +97,6 @@ def make_protocol(
     }
 
 
-def resume(run: RunConfig, unfinished: ResultFile, protocol: dict[str, Any], evaluation: Evaluation) -> None:
-    """Take the outcomes of an unfinished result. Raises UserError if it belongs to another evaluation."""
-    if differences := protocol_differences(protocol, unfinished.protocol):
-        values = ", ".join(f"{key} {unfinished.protocol.get(key)!r:.80}" for key in differences)
-        raise UserError(f"--resume: {run.out} has another protocol: {values}; use its flags or another --out")
-    hashes = [sha256(question.text) for question in evaluation.questions]
-    same = [prediction.prompt_sha256 for prediction in unfinished.predictions] == hashes
-    check(same, f"--resume: {run.out} has other prompts: the file of --prompt or --dev has changed")
-    evaluation.outcomes = [prediction.outcomes for prediction in unfinished.predictions]
-
-
-def check_submission(files: list[InputFile]) -> None:
-    for row in (row for file in files for row in file.questions.rows):
-        numbered = row.exam == "cmb" and row.id.isdecimal()
-        check(numbered, f"--submission is for CMB's numbered test questions, {row.id!r:.40} is another one")
-
-
-def make_submission(predictions: list[Prediction]) -> list[dict[str, Any]]:
-    """Return CMB's official form: `[{"id": 1, "model_answer": "C"}, ...]`."""
-    return [{"id": int(p.id), "model_answer": p.prediction or ""} for p in predictions]
-
-
-def save_result(out: Path | None, protocol: dict[str, Any], evaluation: Evaluation, complete: bool = False) -> None:
-    if out:
-        summary, predictions = evaluation.result()
-        content = {"complete": complete, "protocol": protocol, "summary": asdict(summary)}
-        write_json(out, content | {"predictions": [asdict(prediction) for prediction in predictions]})
-
-
-def resume_command(run: RunConfig) -> str:
-    return shlex.join(["python", "-m", "minidoctor.evaluate", *sys.argv[1:], *([] if run.resume else ["--resume"])])
-
-
 def load_evaluation(
     run: RunConfig, config: EvalConfig, files: list[InputFile], dev: list[InputFile]
 ) -> tuple[Model, Evaluation]:
@@ -145,42 +112,60 @@ def load_evaluation(
         for question in prompt_rows(prompter, file.questions.rows[: run.limit or None], pool, context):
             trained_on = None if hashes is None else question_hash(question.row) in hashes
             questions.append(question._replace(file=file.label, trained_on=trained_on))
-    return model, Evaluation(prompter, questions, [{} for _ in questions])
+    evaluation = Evaluation(prompter, questions, [{} for _ in questions])
+    evaluation.protocol = make_protocol(run, evaluation, model, files, dev)
+    return model, evaluation
 
 
-def print_protocol(run: RunConfig, protocol: dict[str, Any], evaluation: Evaluation) -> None:
-    print(f"{run.base}: {evaluation.prompter.tokenizer.note}", file=sys.stderr)
-    print("For teaching and measuring. The answers of a model are not medical advice.")
-    for exam, text in protocol["first_prompts"].items():
-        print(f"first prompt ({exam}):\n{printable(text)}\n")
+def resume(run: RunConfig, unfinished: ResultFile, evaluation: Evaluation) -> None:
+    """Take the outcomes of an unfinished result. Raises UserError if it belongs to another evaluation."""
+    if differences := protocol_differences(evaluation.protocol, unfinished.protocol):
+        values = ", ".join(f"{key} {unfinished.protocol.get(key)!r:.80}" for key in differences)
+        raise UserError(f"--resume: {run.out} has another protocol: {values}; use its flags or another --out")
+    hashes = [sha256(question.text) for question in evaluation.questions]
+    same = [prediction.prompt_sha256 for prediction in unfinished.predictions] == hashes
+    check(same, f"--resume: {run.out} has other prompts: the file of --prompt or --dev has changed")
+    evaluation.outcomes = [prediction.outcomes for prediction in unfinished.predictions]
 
 
-def run_evaluation(run: RunConfig, config: EvalConfig) -> None:
-    """Evaluate, print the table and write the results. Raises FileNotFoundError or UserError."""
-    out, submission = output_path(run, "out"), output_path(run, "submission")
-    check(out is None or out != submission, "--out and --submission are the same file")
-    unfinished = read_result(out) if out and run.resume else None
-    check(not (unfinished and unfinished.complete), f"--resume: {run.out} is complete; choose another --out")
-    paths = list_files(run.data)
-    files = read_files(paths, run.answers)
-    if submission:
-        check_submission(files)
-    dev = read_files(list_files(run.dev) or find_dev_files(paths)) if config.shots else []
-    model, evaluation = load_evaluation(run, config, files, dev)
-    protocol = make_protocol(run, evaluation, model, files, dev)
-    if unfinished:
-        resume(run, unfinished, protocol, evaluation)
-    print_protocol(run, protocol, evaluation)
-    save_result(out, protocol, evaluation)  # a full disk shows before hours of work
+def answer_questions(run: RunConfig, model: Model, evaluation: Evaluation, processes: Processes) -> None:
+    """Answer all questions. If that ends early, print and save what is done, and print how to continue."""
+    evaluation.save()  # a full disk shows before hours of work
     try:
-        evaluation.answer(model, save=lambda: save_result(out, protocol, evaluation))
+        evaluation.answer(model, processes=processes)
     except BaseException:
         try:
             print(f"{format_summary(evaluation.result().summary)}\nstopped: these are the longest questions only")
-            print(f"continue with: {resume_command(run)}" if out else "not saved: there is no --out")
+            command = ["python", "-m", "minidoctor.evaluate", *sys.argv[1:], *([] if run.resume else ["--resume"])]
+            print(f"continue with: {shlex.join(command)}" if run.out else "not saved: there is no --out")
         finally:
-            save_result(out, protocol, evaluation)
+            evaluation.save()
         raise
+
+
+def run_evaluation(run: RunConfig, config: EvalConfig, processes: Processes) -> None:
+    """Evaluate, print the table and write the results. Raises FileNotFoundError or UserError.
+
+    With several processes, only the first writes and prints.
+    """
+    out, submission = (output_path(run, name) if processes.is_first else None for name in ("out", "submission"))
+    check(out is None or out != submission, "--out and --submission are the same file")
+    unfinished = read_result(Path(run.out)) if run.resume else None
+    check(not (unfinished and unfinished.complete), f"--resume: {run.out} is complete; choose another --out")
+    paths = list_files(run.data)
+    files = read_files(paths, run.answers)
+    ids = [row.id if row.exam == "cmb" else "" for file in files for row in file.questions.rows]
+    check(not submission or all(map(str.isdecimal, ids)), "--submission is for CMB's numbered test questions")
+    dev = read_files(list_files(run.dev) or find_dev_files(paths)) if config.shots else []
+    model, evaluation = load_evaluation(run, config, files, dev)
+    evaluation.out = out
+    if unfinished:
+        resume(run, unfinished, evaluation)
+    print(f"{run.base}: {evaluation.prompter.tokenizer.note}", file=sys.stderr)
+    print("For teaching and measuring. The answers of a model are not medical advice.")
+    for exam, text in evaluation.protocol["first_prompts"].items():
+        print(f"first prompt ({exam}):\n{printable(text)}\n")
+    answer_questions(run, model, evaluation, processes)
     summary, predictions = evaluation.result()
     try:
         print(format_summary(summary))
@@ -191,10 +176,8 @@ def run_evaluation(run: RunConfig, config: EvalConfig) -> None:
             print(f"{file.label}: {len(file.questions.rows)} questions, {len(malformed)} malformed")
             print("".join(f"    {message}\n" for message in malformed[:10]), end="")
     finally:
-        save_result(out, protocol, evaluation)
-        if submission:
-            write_json(submission, make_submission(predictions))
-            print(f"submission form for CMB: {run.submission}")
-        save_result(out, protocol, evaluation, complete=True)
-    if out:
-        print(f"predictions: {run.out}")
+        evaluation.save()
+        if submission:  # CMB's official form
+            write_json(submission, [{"id": int(p.id), "model_answer": p.prediction or ""} for p in predictions])
+        evaluation.save(complete=True)
+    print("".join(f"written: {path}\n" for path in (run.out, run.submission) if path), end="")

@@ -51,13 +51,16 @@ class MetricsLog:
                 failure = f"step {step}: {', '.join(names)} not finite ({values}); {advice}"
                 break
             rows.append(row)
+        load = torch.stack([metrics.expert_load for _, metrics, _ in self.pending]).mean(0)  # (L, E)
+        expert_load = tuple(tuple(round(share, 4) for share in sublayer) for sublayer in load.tolist())
+        lines = [json.dumps(row) for row in rows]
+        if expert_load and not failure:
+            lines[-1] = json.dumps({**rows[-1], "expert_load": expert_load})  # the mean since the last printed line
         with self.path.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
+            file.writelines(line + "\n" for line in lines)
         if failure:
             raise UserError(failure)
-        load = torch.stack([metrics.expert_load for _, metrics, _ in self.pending]).mean(0)  # (L, E)
         self.pending.clear()
-        expert_load = tuple(map(tuple, load.tolist()))
         return format_line(rows, expert_load), expert_load
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import shlex
 from pathlib import Path
 
+from minidoctor.cli.processes import Processes
 from minidoctor.evaluate.evaluation import evaluate
 from minidoctor.evaluate.protocol import EvalConfig
 from minidoctor.evaluate.summary import Summary
@@ -19,11 +20,13 @@ REPORT = "report.json"
 EVALUATION = EvalConfig(score=("auto", "loss"))
 
 
-def evaluate_rows(model: Model, tokenizer: Tokenizer, rows: list[Row]) -> Summary | None:
-    return evaluate(model, tokenizer, rows, config=EVALUATION).summary if rows else None
+def evaluate_rows(model: Model, tokenizer: Tokenizer, rows: list[Row], processes: Processes) -> Summary | None:
+    return evaluate(model, tokenizer, rows, config=EVALUATION, processes=processes).summary if rows else None
 
 
-def write_report(model: Model, state: RunState, eval_after: Summary | None, eval_trained: int) -> None:
+def write_report(
+    model: Model, state: RunState, eval_after: Summary | None, eval_trained: int, n_processes: int
+) -> None:
     """Print both evaluations, then write report.json: the printed tables remain if the file cannot be written."""
     config, eval_before = state.config, state.eval_before
     if eval_before and eval_after:
@@ -32,6 +35,7 @@ def write_report(model: Model, state: RunState, eval_after: Summary | None, eval
         "eval_before": dataclasses.asdict(eval_before) if eval_before else None,
         "eval_after": dataclasses.asdict(eval_after) if eval_after else None,
         "eval_trained": eval_trained,
+        "processes": n_processes,
         "steps": state.step,
         "seconds": state.seconds,
         "tokens_per_second": state.tokens / state.seconds,

@@ -6,6 +6,7 @@ One training step is in minidoctor/step.py. Everything that must survive a crash
 import itertools
 import math
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,22 +17,27 @@ from minidoctor.checkpoints.adapters import CONFIG, check_vocabulary, save_adapt
 from minidoctor.checkpoints.hugging_face import find_non_finite, load_model
 from minidoctor.cli.device import choose_device, choose_dtype
 from minidoctor.cli.main import is_out_of_memory
-from minidoctor.config import UserError
+from minidoctor.cli.processes import Processes
+from minidoctor.config import UserError, check
 from minidoctor.files.safetensors import write_tensors
 from minidoctor.ops.compiled import compile_blocks
-from minidoctor.step import make_optimizer, make_queue, train_step
+from minidoctor.step import compute_losses, make_optimizer, make_queue, train_step
 from minidoctor.text.tokenizer import Tokenizer, load_tokenizer
 from minidoctor.training.data import TrainingData, load_data
 from minidoctor.training.log import MetricsLog
 from minidoctor.training.memory import estimate, format_estimate, free_memory
+from minidoctor.training.parallel import compute_share
 from minidoctor.training.report import evaluate_rows, write_report
 from minidoctor.training.start import hash_inputs, resume_command
 from minidoctor.training.state import QUESTIONS, Components, RunState, restore, save
 from minidoctor.training.stop import StopSignal
 
 
-def train(state: RunState) -> None:
-    """Run from the first step, or from a saved state, to the report. Raises OSError, UserError and MemoryError."""
+def train(state: RunState, processes: Processes = Processes()) -> None:  # noqa: B008  # frozen
+    """Run from the first step, or from a saved state, to the report. Raises OSError, UserError and MemoryError.
+
+    With several processes, only the first writes and prints.
+    """
     config = state.config
     torch.manual_seed(config.seed)  # for the initial values of experts and routers
     device = choose_device(config.device)
@@ -45,18 +51,24 @@ def train(state: RunState) -> None:
     data = load_data(config, tokenizer, model.config.max_seq_len)
     batches = ShuffledBatches(data.examples, config.batch_size, config.seed)
     components = Components(model, make_optimizer(model, config), make_queue(model, config))
+    check(processes.size <= len(data.examples), f"{processes.size} processes for {len(data.examples)} examples")
     print(describe(components, tokenizer, data, batches, state))
-    prepare_output(components, tokenizer, data, state)
+    if processes.size > 1:
+        print(f"{processes.size} processes, each with its share of every batch")
+    prepare_output(components, tokenizer, data, state, processes)
     try:
         if data.eval_rows and state.eval_before is None:
-            state.eval_before = evaluate_rows(model, tokenizer, data.eval_rows)
-            save(components, state)
+            state.eval_before = evaluate_rows(model, tokenizer, data.eval_rows, processes)
+            if processes.is_first:
+                save(components, state)
         if config.compile:  # after the evaluation: the compiler specializes blocks for the first shapes it sees
             compile_blocks(model.model.layers)
-        if not fit(components, batches, state):
+        if not fit(components, batches, state, processes):
             print(f"stopped and saved after step {state.step}; continue with: {resume_command(config.out)}")
             return
-        write_report(model, state, evaluate_rows(model, tokenizer, data.eval_rows), data.eval_trained)
+        eval_after = evaluate_rows(model, tokenizer, data.eval_rows, processes)
+        if processes.is_first:
+            write_report(model, state, eval_after, data.eval_trained, processes.size)
     except KeyboardInterrupt:
         print(f"interrupted; continue from the last save with: {resume_command(config.out)}")
         raise
@@ -88,13 +100,21 @@ def describe(
     return "\n".join([*lines, format_estimate(needed, free_memory(model.lm_head.weight.device))])
 
 
-def prepare_output(components: Components, tokenizer: Tokenizer, data: TrainingData, state: RunState) -> None:
+def prepare_output(
+    components: Components, tokenizer: Tokenizer, data: TrainingData, state: RunState, processes: Processes
+) -> None:
     """Save a new run at step 0, or restore the saved tensors. Raises UserError if an input has changed."""
     config, out = state.config, Path(state.config.out)
     is_saved = bool(state.input_hashes)
     hash_inputs(state)
     out.mkdir(parents=True, exist_ok=True)
-    (restore if is_saved else save)(components, state)
+    if is_saved:
+        restore(components, state)
+    processes.gather(None)  # before the first process writes again
+    if not processes.is_first:
+        return
+    if not is_saved:
+        save(components, state)
     # A run can be killed between two files, so those that are missing are written by the resumed run.
     if not state.step or not (out / CONFIG).exists():
         save_adapter_config(out, config.base, state.adapter, str(tokenizer.chat_format))
@@ -102,29 +122,36 @@ def prepare_output(components: Components, tokenizer: Tokenizer, data: TrainingD
         write_tensors(out / QUESTIONS, {"hashes": data.question_hashes})
 
 
-def fit(components: Components, batches: ShuffledBatches, state: RunState) -> bool:
+def fit(components: Components, batches: ShuffledBatches, state: RunState, processes: Processes) -> bool:
     """Train from `state.step` to the last step, log and save. Return False if a signal stopped it before."""
     config, (model, optimizer, queue) = state.config, components
-    log, start = MetricsLog(Path(config.out), state.step), time.perf_counter()
+    log = MetricsLog(Path(config.out), state.step) if processes.is_first else None
+    losses, all_reduce, start = compute_losses, None, time.perf_counter()
+    if processes.size > 1:
+        losses, all_reduce = partial(compute_share, processes=processes), processes.all_reduce
     model.train()
-    with StopSignal() as stop, tqdm(total=config.steps, initial=state.step, desc="training") as progress:
+    with (
+        StopSignal() as stop,
+        tqdm(total=config.steps, initial=state.step, desc="training", disable=not processes.is_first) as progress,
+    ):
         for examples in itertools.islice(batches.starting_at(state.step), config.steps - state.step):
             try:
                 inputs = micro_batches(examples, config.accumulate)
-                metrics = train_step(model, optimizer, queue, inputs, state.step, config)
+                metrics = train_step(model, optimizer, queue, inputs, state.step, config, losses, all_reduce)
             except (RuntimeError, MemoryError) as error:
                 if is_out_of_memory(error):
                     raise MemoryError(advise_on_memory(state, error)) from None
                 raise
             seconds, start = time.perf_counter() - start, time.perf_counter()
-            log.add(state.step, metrics, seconds)
+            if log:
+                log.add(state.step, metrics, seconds)
             state.step += 1
             state.seconds += seconds
             state.tokens += metrics.n_tokens
             progress.update()
-            stopping = stop.requested
+            stopping = processes.any(stop.requested)
             saving = stopping or state.step == config.steps or state.step % config.save_every == 0
-            if saving or state.step % config.log_every == 0:
+            if log and (saving or state.step % config.log_every == 0):
                 line, state.expert_load = log.flush()  # before saving: a step with a non-finite loss is not saved
                 if saving:
                     save(components, state)

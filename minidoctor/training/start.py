@@ -10,6 +10,7 @@ from typing import Any, TextIO
 from minidoctor.checkpoints.adapters import has_adapter
 from minidoctor.checkpoints.hugging_face import checkpoint_hash
 from minidoctor.cli.flags import from_flags
+from minidoctor.cli.processes import Processes
 from minidoctor.config import AdapterConfig, TrainConfig, UserError, check
 from minidoctor.training.data import hash_files
 from minidoctor.training.log import METRICS
@@ -19,13 +20,17 @@ from minidoctor.training.state import QUESTIONS, STATE, RunState, read_state
 INPUTS = ("base", "data", "eval")  # paths; a resumed run compares the content of the files
 
 
-def lock_directory(out: Path) -> TextIO:
+def lock_directory(out: Path, processes: Processes = Processes()) -> TextIO:  # noqa: B008  # frozen
     """Create the directory and keep other runs out until the returned file is closed, at the latest with the process.
+
+    The first process locks it for all.
 
     Raises UserError if another run is active there.
     """
     out.mkdir(parents=True, exist_ok=True)
     file = (out / "training.lock").open("w")
+    if not processes.is_first:
+        return file
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -33,13 +38,17 @@ def lock_directory(out: Path) -> TextIO:
     return file
 
 
-def start_or_resume(flags: dict[str, Any]) -> RunState:
+def start_or_resume(flags: dict[str, Any], processes: Processes = Processes()) -> RunState:  # noqa: B008  # frozen
     """Return the state of a new run, or with `resume` that of the run in `out`.
+
+    Processes that torchrun has restarted resume their run without the flag.
 
     Raises FileNotFoundError if there is nothing to resume, UserError if something would be overwritten.
     """
-    if flags.get("resume"):
-        return resume(flags)
+    restarted = processes.restarts > 0 and (Path(flags.get("out", TrainConfig.out)) / STATE).is_file()
+    processes.gather(None)  # nobody may write before all have looked
+    if flags.get("resume") or restarted:
+        return resume(flags | {"resume": True})
     state = RunState(from_flags(TrainConfig, flags), from_flags(AdapterConfig, flags))
     out = Path(state.config.out)
     if (out / STATE).is_file():

@@ -1,19 +1,30 @@
 """Several processes on CPUs (gloo) against the step of one process."""
 
+import json
+import os
 import random
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from paths import ROOT
 from torch import nn
 
 from minidoctor.batching import IGNORE, Example, ShuffledBatches, micro_batches
+from minidoctor.cli.processes import Processes
 from minidoctor.config import AdapterConfig, ModelConfig, TrainConfig
+from minidoctor.files.safetensors import read_tensors
 from minidoctor.model import Model, trainable_parameters
 from minidoctor.step import make_optimizer, make_queue, train_step
-from minidoctor.training.parallel import Processes, take_share
+from minidoctor.training.parallel import compute_share, take_share
+from minidoctor.training.state import read_state
 
 SHAPE = ModelConfig(vocab_size=60, dim=32, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=8, ffn_dim=48)
 ADAPTER = AdapterConfig(n_experts=4, top_k=2, rank=2, alpha=4.0, routing_dim=4)
@@ -46,7 +57,7 @@ def train_steps(processes: Processes, dtype: torch.dtype):
     batches = ShuffledBatches(make_examples(), CONFIG.batch_size, CONFIG.seed).starting_at(0)
     options = {}
     if processes.size > 1:
-        options = {"compute_losses": processes.compute_losses, "all_reduce": processes.all_reduce}
+        options = {"compute_losses": partial(compute_share, processes=processes), "all_reduce": processes.all_reduce}
     losses = []
     for step in range(CONFIG.steps):
         parts = micro_batches(next(batches), CONFIG.accumulate)
@@ -101,3 +112,113 @@ def test_shares_contain_every_answer_token_and_anchor_once(size):
     tokens, targets = batch.tokens.flatten(), batch.targets.flatten()
     assert sorted(pairs) == sorted((tokens[i].item(), targets[i].item()) for i in batch.answer_positions)
     assert (owners == 1).all()
+
+
+def start(size: int, *words: object, restarts: int = 0) -> subprocess.Popen:
+    """Start train.py, with torchrun for more than one process, each on one thread."""
+    program = [sys.executable, "train.py"]
+    if size > 1:
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}"]
+        program = [sys.executable, *launcher, f"--max-restarts={restarts}", "train.py"]
+    command = [*program, *map(str, words)]
+    quiet = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, **quiet)
+
+
+def finish(process: subprocess.Popen) -> str:
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    return output
+
+
+@pytest.fixture
+def flags(make_config):
+    config = make_config(steps=12, save_every=1, log_every=4, batch_size=5)
+    names = ("base", "data", "eval", "steps", "batch_size", "lr", "warmup", "contrast_weight", "contrast_warmup")
+    names += ("n_anchors", "queue_capacity", "queue_share", "log_every", "save_every", "device")
+    return [f"--{name.replace('_', '-')}={getattr(config, name)}" for name in names] + ["--n-experts=4", "--rank=2"]
+
+
+def read_run(out: Path) -> tuple[list[dict], dict[str, torch.Tensor]]:
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return rows, dict(read_tensors(out / "training_state.safetensors"))
+
+
+def assert_equal_runs(a: Path, b: Path, tolerance: float = 1e-6) -> None:
+    (rows, tensors), (expected_rows, expected_tensors) = read_run(a), read_run(b)
+    for row, expected in zip(rows, expected_rows, strict=True):
+        assert row["tokens"] == expected["tokens"]
+        for name in ("loss", "lm", "balance", "contrast"):
+            assert row[name] == pytest.approx(expected[name], rel=tolerance), name
+    for name, tensor in expected_tensors.items():
+        if tensor.is_floating_point() and "optimizer" not in name:
+            assert (tensors[name] - tensor).norm() <= 10 * tolerance * tensor.norm(), name
+
+
+@pytest.mark.slow
+def test_run_continues_with_another_number_of_processes(flags, tmp_path):
+    """12 steps of one process equal 4 steps of two, 4 of one and 4 of three."""
+    finish(start(1, *flags, "--out", tmp_path / "single"))
+    out = tmp_path / "mixed"
+    for size, last in ((2, 4), (1, 8), (3, 12)):
+        words = ["--out", out, "--resume"] if last > 4 else [*flags, "--out", out]
+        process = start(size, *words)
+        while last < 12 and process.poll() is None:
+            if (out / "training_state.safetensors").is_file() and read_state(out).step >= last:
+                process.send_signal(signal.SIGTERM)
+                break
+            time.sleep(0.01)
+        process.communicate(timeout=300)
+        assert read_state(out).step >= last
+    assert_equal_runs(out, tmp_path / "single")
+    assert json.loads((out / "report.json").read_text())["processes"] == 3
+    assert json.loads((tmp_path / "single" / "report.json").read_text())["processes"] == 1
+
+
+@pytest.mark.slow
+def test_restarted_workers_resume_to_the_same_adapter(flags, tmp_path):
+    """Workers are killed at random moments; the run ends by itself, byte for byte as an undisturbed one."""
+    flags = [flag if "--steps" not in flag else "--steps=40" for flag in flags]
+    finish(start(2, *flags, "--out", tmp_path / "undisturbed"))
+    out, rng = tmp_path / "killed", random.Random(0)
+    process = start(2, *flags, "--out", out, restarts=3)
+    for step in (3, 15):
+        while not (out / "training_state.safetensors").is_file() or read_state(out).step < step:
+            assert process.poll() is None, process.communicate()[0]
+            time.sleep(0.01)
+        time.sleep(rng.random() * 0.1)
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        os.kill(int(rng.choice(children)), signal.SIGKILL)
+        time.sleep(1)
+    output = finish(process)
+    assert (out / "adapter.safetensors").read_bytes() == (tmp_path / "undisturbed" / "adapter.safetensors").read_bytes()
+    assert output.count("continuing after step") == 2
+
+
+@pytest.mark.slow
+def test_more_processes_than_examples_are_rejected(flags, rows_file, tmp_path):
+    data = rows_file({"question": "gout?", "answer": "uric acid"}, name="one.jsonl")
+    output, _ = start(2, *flags, "--data", data, "--out", tmp_path / "out").communicate(timeout=300)
+    assert "2 processes for 1 examples" in output
+
+
+@pytest.mark.slow
+def test_evaluation_of_two_processes_equals_one(adapter_dir, base_dir, rows_file, tmp_path):
+    options = {"A": "uric acid", "B": "ECG", "C": "尿酸"}
+    rows = [{"question": f"Which test is number {i}?", "options": options, "answer": "ABC"[i % 3]} for i in range(21)]
+    rows += [{"question": f"What is test {i}?", "answer": "uric acid"} for i in range(6)]
+    results = []
+    for size in (1, 2):
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"] if size == 2 else []
+        out = tmp_path / f"{size}.json"
+        command = [sys.executable, *launcher, "-m", "minidoctor.evaluate", "--base", base_dir, "--adapter", adapter_dir]
+        command += ["--data", rows_file(*rows), "--out", out, "--device", "cpu"]
+        done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        results.append(json.loads(out.read_text()))
+        assert done.stdout.count("not medical advice") == 1
+    keys = ("id", "prediction", "answer", "correct")
+    one, two = ([{key: p[key] for key in keys} for p in result["predictions"]] for result in results)
+    assert one == two
+    assert results[0]["summary"]["accuracy"] == results[1]["summary"]["accuracy"]
+    assert results[1]["complete"]
