@@ -214,9 +214,6 @@ def test_merged_checkpoint_generates_the_same_answer(call, tmp_path, base_dir, p
 def test_program_file_of_a_tokenizer_is_not_referenced(call, tmp_path, base_dir):
     base = shutil.copytree(base_dir, tmp_path / "base")
     settings = {"auto_map": {"AutoTokenizer": ["tokenization_baichuan.Tokenizer", None]}, "add_bos_token": False}
-        "auto_map": {"AutoTokenizer": ["tokenization_baichuan.BaichuanTokenizer", None]},
-        "add_bos_token": False,
-    }
     (base / "tokenizer_config.json").write_text(json.dumps(settings | {"tokenizer_class": "BaichuanTokenizer"}))
     assert call("--base", base, "--adapter", write_adapter(tmp_path / "a", base), "--merge", tmp_path / "out")[0] == 0
     written = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
