@@ -1,5 +1,6 @@
 """Training speed, next to peft, MixLoRA and the frozen model's forward and backward pass."""
 
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -90,8 +91,10 @@ def n_tokens(batches: list[Batch], config: BenchConfig) -> int:
 def question_batches(config: BenchConfig) -> tuple[list[Batch], list[Batch]]:
     """Return batches of a file's questions: by length, as train.py makes them, and shuffled, as the baselines do."""
     check(bool(config.base), "--data needs the --base whose tokenizer encodes it")
-    tokenizer, rows, size = load_tokenizer(config.base), read_questions(config.data).rows, config.batch_size
-    examples = [encode_conversation(row.messages, tokenizer, config.seq_len) for row in rows]
+    tokenizer, questions, size = load_tokenizer(config.base), read_questions(config.data), config.batch_size
+    if questions.malformed:
+        print(f"{config.data}: {len(questions.malformed)} malformed rows skipped", file=sys.stderr)
+    examples = [encode_conversation(row.messages, tokenizer, config.seq_len) for row in questions.rows]
     n = N_BATCHES * size
     check(len(examples) >= n, f"{config.data}: has {len(examples)} questions, expected {n}; lower --batch-size")
     source = ShuffledBatches(examples, size, 1).starting_at(0)

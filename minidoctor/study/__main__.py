@@ -26,10 +26,10 @@ from minidoctor.cli.flags import add_flags, from_flags
 from minidoctor.cli.main import exit_code, run
 from minidoctor.config import UserError, check
 from minidoctor.files.json_files import read_object, write_json
-from minidoctor.questions.read import read_questions
 from minidoctor.study.report import Summary, full_report, markdown_table, read_runs, summarize
-from minidoctor.study.run import RunResult, evaluation_rows, run_variant
+from minidoctor.study.run import RunResult, run_variant
 from minidoctor.study.variants import BASELINE, LORA, QUEUE, VARIANTS, AblationConfig
+from minidoctor.training.data import read_rows
 
 
 def run_path(out: Path, name: str, seed: int) -> Path:
@@ -96,15 +96,14 @@ def run_missing(jobs: list[tuple[str, int, AblationConfig, Path]], n_processes: 
 
 def ablate(out: Path, names: list[str], n_seeds: int, n_jobs: int, config: AblationConfig) -> Summary:
     """Run the missing variants and seeds, then print and write the summary of all stored runs."""
-    evaluation_rows(config), read_questions(config.data)  # unreadable files end the program here
+    read_rows(config.data)  # an unreadable file ends the program here, before the first process starts
+    check(all(row.answer for row in read_rows(config.eval)), f"{config.eval}: contains questions without an answer")
     stored = read_stored(out, config)
     summary_path, table_path = out / "ablation.json", out / "table.md"
     previous = read_runs(summary_path) if summary_path.exists() else []
     lost = [result for result in previous if result not in stored]
     check(not lost, f"{summary_path}: {len(lost)} of its runs are not in {out}/runs; choose another --out")
-    check(
-        bool(previous) or not table_path.exists(), f"{table_path}: exists without ablation.json; choose another --out"
-    )
+    check(bool(previous) or not table_path.exists(), f"{table_path}: exists without its runs; choose another --out")
     (out / "runs").mkdir(parents=True, exist_ok=True)
     chosen = [(name, seed) for seed in range(n_seeds) for name in names]
     missing = [job for job in chosen if job not in {(result.variant, result.seed) for result in stored}]
@@ -120,9 +119,7 @@ def ablate(out: Path, names: list[str], n_seeds: int, n_jobs: int, config: Ablat
     write_json(summary_path, result)
     table_path.write_text(markdown_table(summary) + "\n", encoding="utf-8")
     print(f"{summary_path}  {table_path}")
-    check(
-        not failures, f"{len(failures)} of {len(jobs)} runs failed, the others are stored: {'; '.join(failures):.500}"
-    )
+    check(not failures, failure)
     return summary
 
 

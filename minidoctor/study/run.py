@@ -44,13 +44,12 @@ def run_variant(name: str, seed: int, config: AblationConfig) -> RunResult:
     torch.manual_seed(seed)
     adapter = adapter_config(variant, config, read_model_config(config.base))
     model, tokenizer = load_model(config.base, adapter=adapter), load_tokenizer(config.base)
-    if adapter is None:
-        model.requires_grad_(True)
     routers = [module for module in model.modules() if isinstance(module, Router)]
     for router in routers:
         router.requires_grad_(variant.trainable_router)
     train, rows = train_config(variant, config, seed), evaluation_rows(config)
     examples = [e for e in encode(read_questions(config.data).rows, tokenizer, config) if max(e.targets) != IGNORE]
+    check(bool(examples), f"{config.data}: no answer begins within --max-seq-len {config.max_seq_len}")
     batches = ShuffledBatches(examples, config.batch_size, seed).starting_at(0)
     optimizer, in_batch = make_optimizer(model, train), variant.contrast == "batch"
     queue, losses = (None, compute_losses_in_batch) if in_batch else (make_queue(model, train), compute_losses)
@@ -97,6 +96,7 @@ def mean_loss(model: Model, examples: list[Example]) -> float:
         hidden, _ = model.hidden(batch.tokens)  # (B, T, D)
         total += language_model_loss(hidden, model.lm_head.weight, batch.targets, batch.answer_positions).item()
         n_tokens += len(batch.answer_positions)
+    check(n_tokens > 0, "no evaluation question has an answer that begins within --max-seq-len")
     return total / n_tokens
 
 

@@ -102,6 +102,7 @@ def test_load_prints_seconds(base_dir, run_bench):
     assert result["seconds"].keys() == {"load", "first token"}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not CLEAR_PEAK.exists(), reason="Linux only")
 def test_memory_reports_peaks_of_a_separate_process(base_dir, run_bench):
     words = ["memory", "--base", base_dir, "--seq-len", 16, "--batch-size", 2, "--steps", 4, "--rank", 2, "--json"]

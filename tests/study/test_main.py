@@ -20,6 +20,7 @@ def flags(config):
     return [word for item in values.items() for word in item]
 
 
+@pytest.mark.slow
 def test_repeated_ablation_runs_only_missing_runs(ablation_config, tmp_path, capsys):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(study, "ProcessPoolExecutor", lambda *_, **__: ThreadPoolExecutor(1))
@@ -59,6 +60,16 @@ def test_results_that_are_not_of_the_stored_runs_are_not_replaced(name, ablation
         ablate(tmp_path / "b", [LORA], 1, 1, ablation_config)
     assert list((tmp_path / "b").iterdir()) == [existing]
     assert existing.read_bytes() == (tmp_path / "a" / name).read_bytes()
+
+
+def test_questions_without_usable_answers_are_rejected(ablation_config, tmp_path, in_this_process):
+    with pytest.raises(UserError, match="--max-seq-len"):
+        ablate(tmp_path, [BASELINE], 1, 1, replace(ablation_config, max_seq_len=3))
+    exam = {"question": "a?", "option": {"A": "b", "B": "c"}, "exam_type": "t", "exam_class": "c", "exam_subject": "s"}
+    path = tmp_path / "cmb.json"
+    path.write_text(json.dumps([{**exam, "question_type": "单项选择题", "id": 1}]), encoding="utf-8")
+    with pytest.raises(UserError, match=r"cmb\.json"):
+        ablate(tmp_path, [BASELINE], 1, 1, replace(ablation_config, eval=str(path)))
 
 
 def test_file_names_that_are_not_utf8_are_stored(ablation_config, tmp_path, program, in_this_process):

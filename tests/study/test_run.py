@@ -7,7 +7,7 @@ from minidoctor.config import UserError
 from minidoctor.model import adapter_state, trainable_parameters
 from minidoctor.study import run as study_run
 from minidoctor.study.run import run_variant
-from minidoctor.study.variants import BASELINE, LORA, QUEUE, VARIANTS
+from minidoctor.study.variants import BASELINE, LORA, QUEUE, VARIANTS, Variant
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -35,6 +35,19 @@ def test_variants_of_one_seed_share_batches_and_initial_experts(ablation_config,
     assert all(torch.equal(a, b) for (a, _), (b, _) in zip(*steps.values(), strict=True))
     assert torch.equal(*(first for (_, first), *_ in steps.values()))
     assert not torch.equal(*(last for *_, (_, last) in steps.values()))  # the contrast changes the experts
+
+
+def test_full_fine_tuning_trains_every_parameter(ablation_config, model):
+    measures = run_variant("full fine-tuning", 0, ablation_config).measures
+    assert measures["trainable_parameters"] == sum(p.numel() for p in model.parameters())
+
+
+def test_contrast_takes_its_keys_from_queue_or_batch(ablation_config, monkeypatch):
+    losses = set()
+    for contrast, weight in (("", 0.0), ("batch", 0.3), ("queue", 0.3)):
+        monkeypatch.setitem(VARIANTS, "contrast", Variant(contrast=contrast, contrast_weight=weight))
+        losses.add(run_variant("contrast", 0, ablation_config).measures["nll"])
+    assert len(losses) == 3
 
 
 def test_frozen_random_router_is_not_trainable(ablation_config, monkeypatch):

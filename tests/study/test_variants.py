@@ -28,6 +28,12 @@ def test_balance_is_off_on_and_ten_times_as_strong():
     assert weights == [0, config.balance_weight, 10 * config.balance_weight]
 
 
+def test_each_method_has_its_learning_rate():
+    config = AblationConfig(lr=1, lora_lr=2, active_lr=3, full_lr=4)
+    names = ["LoRA-MoE", LORA, "LoRA, same active parameters", "full fine-tuning"]
+    assert [train_config(VARIANTS[name], config, 0).lr for name in names] == [1, 2, 3, 4]
+
+
 def test_plain_lora_has_the_parameters_of_the_experts(config):
     ablation = AblationConfig(n_experts=4, rank=3)
     experts, trainable, active = (
