@@ -55,9 +55,14 @@ def start_processes(device_name: str) -> Processes:
         if local_rank >= n_gpus:
             raise UserError(f"process {local_rank} of this machine has no GPU ({n_gpus} found); lower --nproc-per-node")
         torch.cuda.set_device(local_rank)
+    restarts = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+    store, rank, size = next(dist.rendezvous("env://"))
+    # torchrun's store outlives the processes: without a prefix, restarted ones find the addresses of the dead.
+    store = dist.PrefixStore(f"restart-{restarts}", store)
     # gloo exchanges flags on the CPU, so that no GPU is waited for.
-    dist.init_process_group("cpu:gloo,cuda:nccl" if uses_gpu else "gloo")
-    processes = Processes(dist.get_rank(), dist.get_world_size(), int(os.environ["TORCHELASTIC_RESTART_COUNT"]))
+    backend = "cpu:gloo,cuda:nccl" if uses_gpu else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size)
+    processes = Processes(rank, size, restarts)
     if not processes.is_first:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # until the process ends
     return processes
