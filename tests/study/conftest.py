@@ -2,7 +2,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from minidoctor.study import __main__ as study
+from minidoctor.study import ablation
 from minidoctor.study.variants import AblationConfig
 
 
@@ -21,4 +21,4 @@ def ablation_config(base_dir, rows_file):
 @pytest.fixture
 def in_this_process(monkeypatch):
     """Run in a thread: a new process needs seconds to import torch."""
-    monkeypatch.setattr(study, "ProcessPoolExecutor", lambda *_, **__: ThreadPoolExecutor(1))
+    monkeypatch.setattr(ablation, "ProcessPoolExecutor", lambda *_, **__: ThreadPoolExecutor(1))

@@ -1,15 +1,15 @@
 import json
 import os
-from concurrent.futures import ThreadPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+import subprocess
+import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+from paths import ROOT
 
-from minidoctor.config import UserError
 from minidoctor.study import __main__ as study
-from minidoctor.study.__main__ import ablate, run_path
+from minidoctor.study import ablation
 from minidoctor.study.variants import BASELINE, LORA, QUEUE, VARIANTS
 
 
@@ -21,55 +21,12 @@ def flags(config):
 
 
 @pytest.mark.slow
-def test_repeated_ablation_runs_only_missing_runs(ablation_config, tmp_path, capsys):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(study, "ProcessPoolExecutor", lambda *_, **__: ThreadPoolExecutor(1))
-        ablate(tmp_path, [BASELINE], 1, 1, ablation_config)
-    path = run_path(tmp_path, BASELINE, 0)
-    first, time = json.loads(path.read_text())["run"], path.stat().st_mtime_ns
-    ablate(tmp_path, [BASELINE, QUEUE], 1, 2, ablation_config)  # in a separate process
-    assert path.stat().st_mtime_ns == time
-    runs = json.loads((tmp_path / "ablation.json").read_text())["runs"]
-    assert [run["variant"] for run in runs] == [BASELINE, QUEUE]
-    assert runs[0] == first
-    assert QUEUE in capsys.readouterr().out
-    assert QUEUE in (tmp_path / "table.md").read_text()
-
-
-def test_runs_with_other_settings_are_rejected(ablation_config, tmp_path, monkeypatch, in_this_process):
-    ablate(tmp_path, [QUEUE], 1, 1, ablation_config)
-    before = {path: path.read_bytes() for path in tmp_path.rglob("*.json")}
-    with pytest.raises(UserError, match=r"steps.*--out"):
-        ablate(tmp_path, [BASELINE], 1, 1, replace(ablation_config, steps=7))
-    monkeypatch.setitem(VARIANTS, QUEUE, replace(VARIANTS[QUEUE], contrast_weight=0.5))
-    with pytest.raises(UserError, match="contrast_weight"):
-        ablate(tmp_path, [BASELINE], 1, 1, ablation_config)
-    monkeypatch.delitem(VARIANTS, QUEUE)
-    with pytest.raises(UserError, match=run_path(tmp_path, QUEUE, 0).name):
-        ablate(tmp_path, [BASELINE], 1, 1, ablation_config)
-    assert {path: path.read_bytes() for path in tmp_path.rglob("*.json")} == before
-
-
-@pytest.mark.parametrize("name", ["ablation.json", "table.md"])
-def test_results_that_are_not_of_the_stored_runs_are_not_replaced(name, ablation_config, tmp_path, in_this_process):
-    ablate(tmp_path / "a", [BASELINE], 1, 1, ablation_config)
-    existing = tmp_path / "b" / name
-    existing.parent.mkdir()
-    existing.write_bytes((tmp_path / "a" / name).read_bytes())
-    with pytest.raises(UserError, match=name):
-        ablate(tmp_path / "b", [LORA], 1, 1, ablation_config)
-    assert list((tmp_path / "b").iterdir()) == [existing]
-    assert existing.read_bytes() == (tmp_path / "a" / name).read_bytes()
-
-
-def test_questions_without_usable_answers_are_rejected(ablation_config, tmp_path, in_this_process):
-    with pytest.raises(UserError, match="--max-seq-len"):
-        ablate(tmp_path, [BASELINE], 1, 1, replace(ablation_config, max_seq_len=3))
-    exam = {"question": "a?", "option": {"A": "b", "B": "c"}, "exam_type": "t", "exam_class": "c", "exam_subject": "s"}
-    path = tmp_path / "cmb.json"
-    path.write_text(json.dumps([{**exam, "question_type": "单项选择题", "id": 1}]), encoding="utf-8")
-    with pytest.raises(UserError, match=r"cmb\.json"):
-        ablate(tmp_path, [BASELINE], 1, 1, replace(ablation_config, eval=str(path)))
+def test_program_runs_in_separate_processes(ablation_config, tmp_path):
+    words = ["-m", "minidoctor.study", "--out", tmp_path, "--seeds", 1, "--variants", BASELINE, *flags(ablation_config)]
+    done = subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert BASELINE in done.stdout
+    assert len(json.loads((tmp_path / "ablation.json").read_text())["runs"]) == 1
 
 
 def test_file_names_that_are_not_utf8_are_stored(ablation_config, tmp_path, program, in_this_process):
@@ -82,34 +39,14 @@ def test_file_names_that_are_not_utf8_are_stored(ablation_config, tmp_path, prog
     assert json.loads((tmp_path / "out" / "ablation.json").read_text())["config"]["data"] == str(name)
 
 
-def test_failed_run_is_reported_and_does_not_stop_the_others(ablation_config, tmp_path, capsys, in_this_process):
-    diverging = replace(ablation_config, lr=1e9, steps=8)  # plain LoRA has another learning rate
-    with pytest.raises(UserError, match=r"1 of 2 .*\+ balance, seed 0: .*not finite"):
-        ablate(tmp_path, [BASELINE, LORA], 1, 1, diverging)
-    assert [path.stem for path in (tmp_path / "runs").iterdir()] == ["LoRA_same_trainable_parameters-0"]
-    assert LORA in capsys.readouterr().out
-    assert len(json.loads((tmp_path / "ablation.json").read_text())["runs"]) == 1
-    with pytest.raises(UserError, match="1 of 1"):
-        ablate(tmp_path / "all failed", [BASELINE], 1, 1, diverging)
-
-
 def test_fault_of_the_code_keeps_its_traceback(ablation_config, tmp_path, monkeypatch, program, in_this_process):
     def broken(*arguments):
         raise ValueError("shapes differ")
 
-    monkeypatch.setattr(study, "run_variant", broken)
+    monkeypatch.setattr(ablation, "run_variant", broken)
     with pytest.raises(ValueError, match="shapes differ") as caught:
         program(study.main, "study", "--out", tmp_path, "--variants", BASELINE, *flags(ablation_config))
     assert "broken" in [entry.name for entry in caught.traceback]
-
-
-def test_killed_process_suggests_fewer_jobs(ablation_config, tmp_path, monkeypatch, in_this_process):
-    def killed(*arguments):
-        raise BrokenProcessPool
-
-    monkeypatch.setattr(study, "run_variant", killed)
-    with pytest.raises(UserError, match="--jobs"):
-        ablate(tmp_path, [BASELINE], 1, 1, ablation_config)
 
 
 def test_quick_selects_few_steps_and_questions(monkeypatch, program):

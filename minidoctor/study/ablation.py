@@ -1,0 +1,115 @@
+"""Parallel runs of an ablation, stored one by one, and their summary.
+
+The functions that run in other processes cannot be in __main__.py: these processes do not import it.
+"""
+
+import json
+import multiprocessing
+import signal
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from minidoctor.cli.main import exit_code
+from minidoctor.config import UserError, check
+from minidoctor.files.json_files import read_object, write_json
+from minidoctor.study.report import Summary, full_report, markdown_table, read_runs, summarize
+from minidoctor.study.run import RunResult, run_variant
+from minidoctor.study.variants import VARIANTS, AblationConfig
+from minidoctor.training.data import read_rows
+
+
+def run_path(out: Path, name: str, seed: int) -> Path:
+    words = "".join(c if c.isalnum() else " " for c in name).split()
+    return out / "runs" / f"{'_'.join(words)}-{seed}.json"
+
+
+def settings(name: str, config: AblationConfig) -> dict[str, Any]:
+    return {"config": asdict(config), "variant": asdict(VARIANTS[name])}
+
+
+def run_and_store(name: str, seed: int, config: AblationConfig, path: Path) -> str:
+    """Run one variant and seed in this process, on one core. Return an error message, or "" if the run is stored.
+
+    An error that is a fault of the code is raised.
+    """
+    torch.set_num_threads(1)
+    try:
+        write_json(path, {**settings(name, config), "run": asdict(run_variant(name, seed, config))})
+    except Exception as error:
+        if exit_code(error) is None:
+            raise
+        return f"{name}, seed {seed}: {error}"
+    return ""
+
+
+def read_run(path: Path, config: AblationConfig) -> RunResult:
+    """Read a stored run. Raises UserError if it belongs to an ablation with other settings."""
+    content = read_object(path)
+    try:
+        result = RunResult(**content["run"])
+        expected = json.loads(json.dumps(settings(result.variant, config)))  # tuples become lists, as in the file
+        keys = [key for part, fields in expected.items() for key in fields if content[part].get(key) != fields[key]]
+    except (KeyError, TypeError, AttributeError):
+        raise UserError(f"{path}: not a run of a current variant; choose another --out") from None
+    check(not keys, f"{path}: a run with other settings ({', '.join(keys)}); choose another --out")
+    return result
+
+
+def read_stored(out: Path, config: AblationConfig) -> list[RunResult]:
+    """Read all stored runs, ordered by variant and seed. Raises UserError if one is not of this ablation."""
+    order = list(VARIANTS)
+    runs = [read_run(path, config) for path in sorted((out / "runs").glob("*.json"))]
+    return sorted(runs, key=lambda result: (order.index(result.variant), result.seed))
+
+
+def run_missing(jobs: list[tuple[str, int, AblationConfig, Path]], n_processes: int) -> list[str]:
+    """Run the jobs in parallel and return the messages of those that failed. A failure does not stop the others."""
+    context, ignore = multiprocessing.get_context("spawn"), (signal.SIGINT, signal.SIG_IGN)
+    # A process per run, so that its peak memory does not include that of earlier runs. Ctrl-C is left to this process.
+    with ProcessPoolExecutor(n_processes, context, signal.signal, ignore, max_tasks_per_child=1) as pool:
+        futures = [pool.submit(run_and_store, *job) for job in jobs]
+        try:
+            messages = [future.result() for future in tqdm(as_completed(futures), total=len(jobs), desc="runs")]
+        except BrokenProcessPool:
+            raise UserError("the process of a run was killed, perhaps for lack of memory; lower --jobs") from None
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in multiprocessing.active_children():
+                process.terminate()
+            raise
+    return list(filter(None, messages))
+
+
+def ablate(out: Path, names: list[str], n_seeds: int, n_jobs: int, config: AblationConfig) -> Summary:
+    """Run the missing variants and seeds, then print and write the summary of all stored runs."""
+    read_rows(config.data)  # an unreadable file ends the program here, before the first process starts
+    check(all(row.answer for row in read_rows(config.eval)), f"{config.eval}: contains questions without an answer")
+    stored = read_stored(out, config)
+    summary_path, table_path = out / "ablation.json", out / "table.md"
+    previous = read_runs(summary_path) if summary_path.exists() else []
+    lost = [result for result in previous if result not in stored]
+    check(not lost, f"{summary_path}: {len(lost)} of its runs are not in {out}/runs; choose another --out")
+    check(bool(previous) or not table_path.exists(), f"{table_path}: exists without its runs; choose another --out")
+    (out / "runs").mkdir(parents=True, exist_ok=True)
+    chosen = [(name, seed) for seed in range(n_seeds) for name in names]
+    missing = [job for job in chosen if job not in {(result.variant, result.seed) for result in stored}]
+    jobs = [(name, seed, config, run_path(out, name, seed)) for name, seed in missing]
+    failures = run_missing(jobs, min(n_jobs, len(jobs))) if jobs else []
+    runs = read_stored(out, config)
+    failure = f"{len(failures)} of {len(jobs)} runs failed, the others are stored: {'; '.join(failures):.500}"
+    check(bool(runs), failure)
+    summary = summarize(runs)
+    print(full_report(summary))
+    variants = {name: asdict(VARIANTS[name]) for name in summary.seeds}
+    result = {"config": asdict(config), "variants": variants, **asdict(summary), "runs": [asdict(run) for run in runs]}
+    write_json(summary_path, result)
+    table_path.write_text(markdown_table(summary) + "\n", encoding="utf-8")
+    print(f"{summary_path}  {table_path}")
+    check(not failures, failure)
+    return summary
