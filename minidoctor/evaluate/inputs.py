@@ -51,7 +51,7 @@ def find_dev_files(data: list[Path]) -> list[Path]:
     return paths
 
 
-def hash_adapter(directory: str) -> str:
+def hash_adapter(directory: str | Path) -> str:
     files = [Path(directory) / name for name in (CONFIG, ADAPTER, WEIGHTS)]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files if file.is_file())).hexdigest()
 

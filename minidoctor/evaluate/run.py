@@ -129,7 +129,7 @@ def resume(run: RunConfig, unfinished: ResultFile, evaluation: Evaluation) -> No
 
 
 def answer_questions(run: RunConfig, model: Model, evaluation: Evaluation, processes: Processes) -> None:
-    """Answer all questions. If that ends early, print and save what is done, and print how to continue."""
+    """Answer all questions. If that ends early, print and save the outcomes so far, and how to continue."""
     evaluation.save()  # a full disk shows before hours of work
     try:
         evaluation.answer(model, processes=processes)

@@ -1,5 +1,7 @@
+import copy
 import random
 from dataclasses import replace
+from typing import ClassVar
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from torch import nn
 
 from minidoctor.batching import collate
 from minidoctor.checkpoints.hugging_face import load_model
+from minidoctor.cli.processes import Processes
 from minidoctor.config import UserError
 from minidoctor.evaluate import scoring
 from minidoctor.evaluate.evaluation import Evaluation, evaluate, judge, prompt_rows
@@ -245,6 +248,35 @@ def test_answer_computes_only_missing_outcomes(adapted, tokenizer, rows, monkeyp
     evaluation.answer(adapted, show=False)
     assert calls == [("logits", 2), ("text", 0), ("generate", 0), ("loss", 0)]
     assert evaluation.result() == expected
+
+
+# --- several processes ---
+
+
+class Share(Processes):
+    """One of several processes, run one after the other: `gather` returns the outcomes so far."""
+
+    shares: ClassVar[list] = []
+
+    def gather(self, value):
+        self.shares.append(copy.deepcopy(value))
+        return self.shares
+
+
+def test_processes_answer_disjoint_shares_and_merge_them(adapted, tokenizer, rows):
+    prompter = Prompter(tokenizer, EvalConfig(score=("text", "logits", "generate", "loss")))
+    questions = prompt_rows(prompter, rows, [], 128)
+    whole = Evaluation(prompter, questions, [{} for _ in rows])
+    whole.answer(adapted, show=False)
+    for rank in range(3):
+        part = Evaluation(prompter, questions, [{} for _ in rows])
+        part.answer(adapted, show=False, processes=Share(rank, 3))
+    n_computed = [sum(len(outcomes) for outcomes in share) for share in Share.shares]
+    assert sum(n_computed) == sum(map(len, whole.outcomes))
+    assert min(n_computed) > 0
+    for p, q in zip(part.result().predictions, whole.result().predictions, strict=True):
+        assert (p.id, p.prediction, p.outcomes.keys()) == (q.id, q.prediction, q.outcomes.keys())
+        torch.testing.assert_close(p.scores, q.scores, rtol=1e-5, atol=1e-5)
 
 
 # --- models with known answers ---

@@ -17,6 +17,7 @@ from minidoctor.evaluate.free_form import contains
         ("Crohn\u2019s disease", "Crohn's disease"),
         ("5 \u00b5g", "5 \u03bcg"),
         ("39.5℃", "39.5 °C"),
+        ("HEUSTRASSE", "Heustraße"),
         ("half: ½", "1/2"),
         ("beta\u2010blocker", "Beta-blocker"),
         ("No, never.", "no"),

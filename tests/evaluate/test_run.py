@@ -4,16 +4,20 @@ import os
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 import threading
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
+from paths import ROOT
 
 from minidoctor.evaluate import evaluation, run, scoring
 from minidoctor.evaluate.__main__ import main
 from minidoctor.evaluate.evaluation import evaluate
+from minidoctor.evaluate.inputs import hash_adapter
 from minidoctor.evaluate.records import read_result
 from minidoctor.evaluate.summary import full_summary
 from minidoctor.files.safetensors import read_tensors, write_tensors
@@ -119,7 +123,13 @@ def test_adapter_changes_the_predictions(evaluate_program, tmp_path, adapter_dir
     assert base.predictions == [replace(p, file=path.name) for p in expected]
     assert base.predictions != adapted.predictions
     assert base.protocol["adapter"] is None
-    assert adapted.protocol["adapter"]
+    assert adapted.protocol["adapter"] == hash_adapter(adapter_dir)
+    copy = shutil.copytree(adapter_dir, tmp_path / "copy")
+    (copy / "adapter_results.json").write_text("{}")  # not a file of the adapter
+    assert hash_adapter(copy) == hash_adapter(adapter_dir)
+    tensors = {name: tensor + 1 for name, tensor in read_tensors(copy / "adapter.safetensors")}
+    write_tensors(copy / "adapter.safetensors", tensors)
+    assert hash_adapter(copy) != hash_adapter(adapter_dir)
 
 
 def test_all_methods_of_a_benchmark_are_in_the_result(evaluate_program, cmmlu, tmp_path, long_base):
@@ -135,7 +145,7 @@ def test_all_methods_of_a_benchmark_are_in_the_result(evaluate_program, cmmlu, t
 def test_result_is_saved_once_a_minute(evaluate_program, tmp_path, rows_file, monkeypatch):
     monkeypatch.setattr(evaluation, "SAVE_INTERVAL", 0)
     saved = []
-    monkeypatch.setattr("minidoctor.evaluate.run.write_json", lambda path, content: saved.append(content["complete"]))
+    monkeypatch.setattr(evaluation, "write_json", lambda path, content: saved.append(content["complete"]))
     evaluate_program("--data", rows_file(*ROWS[:2]), "--out", tmp_path / "p.json")
     assert saved == [False] * (len(saved) - 1) + [True]
     assert len(saved) > 3
@@ -270,6 +280,7 @@ def test_submission_contains_the_predictions_of_cmb(evaluate_program, tmp_path, 
     assert [p["prediction"] for p in result["predictions"]] == [p.prediction for p in predictions]
     assert (result["summary"]["n"], result["summary"]["multiple_answers"]["n"]) == (2, 1)
     assert list(result["summary"]["exams"]["cmb"]["parts"]) == ["医师考试"]
+    assert result["protocol"]["files"][0]["sha256"] != read_json(first)["protocol"]["files"][0]["sha256"]
     monkeypatch.setattr("minidoctor.evaluate.run.load", lambda *_, **__: pytest.fail("the model was loaded"))
     words = ["--data", cmmlu, "--submission", tmp_path / "other.json"]
     evaluate_program(*words, base=long_base, error="CMB")
@@ -314,6 +325,20 @@ def test_invalid_flags_are_rejected_in_one_line(evaluate_program, words, message
     monkeypatch.chdir(tmp_path)
     words = words if {"--compare", "--data"} & set(words) else ["--data", cmmlu, *words]
     evaluate_program(*words, error=f"^evaluate: .*{message}.*\n$")
+
+
+@pytest.mark.slow
+def test_torchrun_gives_the_predictions_of_one_process(evaluate_program, tmp_path, base_dir, rows_file):
+    data, outs = rows_file(*ROWS), [tmp_path / "one.json", tmp_path / "two.json"]
+    evaluate_program("--data", data, "--out", outs[0])
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    words = ["-m", "minidoctor.evaluate", "--base", base_dir, "--device", "cpu", "--data", data, "--out", outs[1]]
+    result = subprocess.run([*launcher, *map(str, words)], check=True, capture_output=True, text=True, cwd=ROOT)
+    assert result.stdout.count("not medical advice") == 1
+    one, two = (read_result(out) for out in outs)
+    assert two.complete
+    assert [p.prediction for p in two.predictions] == [p.prediction for p in one.predictions]
+    assert [p.outcomes.keys() for p in two.predictions] == [p.outcomes.keys() for p in one.predictions]
 
 
 # --- outputs never replace a file ---
@@ -364,14 +389,14 @@ def test_symlink_of_an_unfinished_result_stays_a_link(evaluate_program, tmp_path
 
 
 def test_table_is_printed_although_the_result_cannot_be_written(evaluate_program, tmp_path, rows_file, monkeypatch):
-    write_json, out = run.write_json, tmp_path / "p.json"
+    write_json, out = evaluation.write_json, tmp_path / "p.json"
 
     def full_disk(path, content):
         if content["summary"]["n"]:
             raise OSError("No space left on device")
         write_json(path, content)
 
-    monkeypatch.setattr(run, "write_json", full_disk)
+    monkeypatch.setattr(evaluation, "write_json", full_disk)
     printed = evaluate_program("--data", rows_file(*ROWS[:2]), "--out", out, error="No space left")
     assert re.search(r"^all .* 2$", printed, re.MULTILINE)
 
