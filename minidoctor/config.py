@@ -130,6 +130,7 @@ class TrainConfig:
     batch_size: int = flag(32, "examples per step")
     accumulate: int = flag(1, "gradient-accumulation steps per batch")
     recompute: bool = flag(False, "activation checkpointing of every block: less memory, more time")
+    shard: bool = flag(False, "shard the frozen base over the processes of torchrun (FSDP2)")
     compile: bool = flag(False, "compile the transformer blocks with torch.compile (about 30 s warm-up)")
     max_seq_len: int = flag(256, "maximum length of an example in tokens; longer ones are truncated")
     lr: float = flag(2e-3, "peak learning rate")
@@ -150,7 +151,7 @@ class TrainConfig:
     dtype: str = flag("auto", "dtype of the frozen base: auto (bfloat16 on a GPU that has it), float32, bfloat16")
     chat_format: str = flag("auto", "chat format (auto: the format that the checkpoint was trained in)")
     resume: bool = flag(
-        False, "continue the run in --out; of its other flags only --accumulate, --recompute and --compile may change"
+        False, "continue the run in --out; only --accumulate, --recompute, --shard and --compile may differ from it"
     )
 
     def __post_init__(self) -> None:
@@ -160,6 +161,7 @@ class TrainConfig:
         check_range(self, "lr", "clip", "contrast_temperature", low=TINY)
         check_range(self, "weight_decay", "balance_weight", "contrast_weight", low=0)
         check_range(self, "warmup", "contrast_warmup", "seed", low=0)
+        check(not (self.shard and self.compile), "shard and compile exclude each other")
         share, capacity = self.queue_share, self.queue_capacity
         check(share <= capacity, f"queue_share must be at most queue_capacity={capacity}, got {share}")
 

@@ -7,6 +7,7 @@ that, because its position is greater than theirs.
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from minidoctor.config import ModelConfig
@@ -28,7 +29,7 @@ class KVCache:
 
     def __init__(self, config: ModelConfig, batch_size: int, max_seq_len: int, like: Tensor):
         shape = (config.n_layers, batch_size, config.n_kv_heads, max_seq_len, config.head_dim)
-        self.keys, self.values = like.new_zeros(shape), like.new_zeros(shape)
+        self.keys, self.values = (torch.zeros(shape, dtype=like.dtype, device=like.device) for _ in range(2))
         self.length = 0  # positions in use by the longest row; attention covers only these
 
     def reserve(self, n_rows: int, n_tokens: int) -> list[LayerCache]:

@@ -9,18 +9,20 @@ process's share of the loss of the global batch, so that sums over the processes
     contrast         divided by the anchors of the global batch; all anchors are compared with the same keys
     queue            all processes enqueue the same vectors in the same order, so that all rings are equal
 
-Gradients are summed once per step, after the last micro-batch.
+Gradients are summed once per step, after the last micro-batch. With --shard, the frozen weights are sharded.
 """
 
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 
 from minidoctor.batching import IGNORE, Batch
 from minidoctor.cli.processes import Processes
 from minidoctor.config import TrainConfig
 from minidoctor.expert_queue import ExpertQueue
 from minidoctor.losses import contrastive_routing_loss, language_model_loss, load_balance_loss
-from minidoctor.model import Model
+from minidoctor.model import Model, trainable_parameters
 from minidoctor.step import Losses, gather_routing
 
 
@@ -73,3 +75,33 @@ def take_share(batch: Batch, anchors: Tensor, rank: int, size: int) -> tuple[Bat
     is_local = row % size == rank
     local_anchors = torch.where(is_local, row // size * length + column, 0)
     return Batch(tokens, targets, mask, answer_positions), local_anchors, is_local
+
+
+def shard_base(model: Model, device: torch.device, processes: Processes) -> None:
+    """Move the model to the device, its frozen weights sharded over the processes with FSDP2.
+
+    Each block gathers its weights when it is used. Experts and routers stay replicated: they are small, and their
+    gradients are summed by `Processes.all_reduce`. From now on every forward pass is a collective operation.
+    """
+    mesh = init_device_mesh(device.type, (processes.size,))
+    adapter = set(trainable_parameters(model).values())
+    for parameter in adapter:
+        parameter.data = parameter.data.to(device)
+    for block in model.model.layers:
+        fully_shard(block, mesh=mesh, ignored_params=adapter)
+    # Embedding and output layer stay gathered after the forward pass, because the loss needs them.
+    fully_shard(model, mesh=mesh, ignored_params=adapter, reshard_after_forward=False)
+    register_fsdp_forward_method(model, "hidden")
+    with torch.no_grad():  # buffers first allocated in inference mode, as by an evaluation, could not be trained with
+        model.hidden(torch.zeros(1, 1, dtype=torch.long, device=device))
+    reshard(model)
+
+
+def reshard(model: Model) -> None:
+    """Drop the weights that an evaluation has left gathered, in all processes alike. Does nothing without shards.
+
+    The first process saves, which reshards its weights, and the processes must agree on what the next step gathers.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()

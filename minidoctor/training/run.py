@@ -26,7 +26,7 @@ from minidoctor.text.tokenizer import Tokenizer, load_tokenizer
 from minidoctor.training.data import TrainingData, load_data
 from minidoctor.training.log import MetricsLog
 from minidoctor.training.memory import estimate, format_estimate, free_memory
-from minidoctor.training.parallel import compute_share
+from minidoctor.training.parallel import compute_share, reshard, shard_base
 from minidoctor.training.report import evaluate_rows, write_report
 from minidoctor.training.start import hash_inputs, resume_command
 from minidoctor.training.state import QUESTIONS, Components, RunState, restore, save
@@ -44,10 +44,16 @@ def train(state: RunState, processes: Processes = Processes()) -> None:  # noqa:
     tokenizer = load_tokenizer(config.base, config.chat_format)
     if not tokenizer.format:
         raise UserError(tokenizer.note)
-    model = load_model(config.base, choose_dtype(config.dtype, device), device, state.adapter)
+    check(
+        processes.size > 1 or not config.shard, "--shard needs several processes: torchrun --nproc-per-node N train.py"
+    )
+    loading_device = torch.device("cpu") if config.shard else device
+    model = load_model(config.base, choose_dtype(config.dtype, device), loading_device, state.adapter)
     check_vocabulary(config.base, model, tokenizer)
     if tensor := find_non_finite(model):
         raise UserError(f"{config.base}: {tensor} contains NaN or infinity; the checkpoint is damaged, get it again")
+    if config.shard:
+        shard_base(model, device, processes)
     data = load_data(config, tokenizer, model.config.max_seq_len)
     batches = ShuffledBatches(data.examples, config.batch_size, config.seed)
     components = Components(model, make_optimizer(model, config), make_queue(model, config))
@@ -56,9 +62,12 @@ def train(state: RunState, processes: Processes = Processes()) -> None:  # noqa:
     if processes.size > 1:
         print(f"{processes.size} processes, each with its share of every batch")
     prepare_output(components, tokenizer, data, state, processes)
+    # With a sharded base a forward pass needs all processes, so all of them answer all questions.
+    evaluating = Processes() if config.shard else processes
     try:
         if data.eval_rows and state.eval_before is None:
-            state.eval_before = evaluate_rows(model, tokenizer, data.eval_rows, processes)
+            state.eval_before = evaluate_rows(model, tokenizer, data.eval_rows, evaluating)
+            reshard(model)
             if processes.is_first:
                 save(components, state)
         if config.compile:  # after the evaluation: the compiler specializes blocks for the first shapes it sees
@@ -66,7 +75,7 @@ def train(state: RunState, processes: Processes = Processes()) -> None:  # noqa:
         if not fit(components, batches, state, processes):
             print(f"stopped and saved after step {state.step}; continue with: {resume_command(config.out)}")
             return
-        eval_after = evaluate_rows(model, tokenizer, data.eval_rows, processes)
+        eval_after = evaluate_rows(model, tokenizer, data.eval_rows, evaluating)
         if processes.is_first:
             write_report(model, state, eval_after, data.eval_trained, processes.size)
     except KeyboardInterrupt:

@@ -64,7 +64,7 @@ def resume(flags: dict[str, Any]) -> RunState:
     """Return the saved state with the flags that may change. Raises UserError if another flag differs."""
     out = flags.get("out", TrainConfig.out)
     state = read_state(Path(out))
-    changes = {name: flags[name] for name in ("accumulate", "recompute", *INPUTS) if name in flags}
+    changes = {name: flags[name] for name in ("accumulate", "recompute", "shard", *INPUTS) if name in flags}
     changes |= {"out": out, "resume": True, "compile": flags.get("compile", False)}
     for name in INPUTS:  # a saved path belongs to the directory in which the run was started
         path = getattr(state.config, name)

@@ -21,9 +21,9 @@ from minidoctor.batching import IGNORE, Example, ShuffledBatches, micro_batches
 from minidoctor.cli.processes import Processes
 from minidoctor.config import AdapterConfig, ModelConfig, TrainConfig
 from minidoctor.files.safetensors import read_tensors
-from minidoctor.model import Model, trainable_parameters
+from minidoctor.model import Model, adapter_state, trainable_parameters
 from minidoctor.step import make_optimizer, make_queue, train_step
-from minidoctor.training.parallel import compute_share, take_share
+from minidoctor.training.parallel import compute_share, shard_base, take_share
 from minidoctor.training.state import read_state
 
 SHAPE = ModelConfig(vocab_size=60, dim=32, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=8, ffn_dim=48)
@@ -193,6 +193,53 @@ def test_restarted_workers_resume_to_the_same_adapter(flags, tmp_path):
     output = finish(process)
     assert (out / "adapter.safetensors").read_bytes() == (tmp_path / "undisturbed" / "adapter.safetensors").read_bytes()
     assert output.count("continuing after step") == 2
+
+
+@pytest.mark.slow
+def test_sharded_base_gives_the_same_run(flags, data, tmp_path):
+    flags = [flag for flag in flags if "--eval=" not in flag] + [f"--eval={data}"]
+    finish(start(2, *flags, "--out", tmp_path / "replicated"))
+    finish(start(2, *flags, "--shard", "--out", tmp_path / "sharded"))
+    assert_equal_runs(tmp_path / "sharded", tmp_path / "replicated")
+    reports = [json.loads((tmp_path / name / "report.json").read_text()) for name in ("sharded", "replicated")]
+    assert reports[0]["eval_after"]["nll"] == pytest.approx(reports[1]["eval_after"]["nll"], rel=1e-5)
+
+
+def measure_shards(rank: int, size: int, directory: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{directory}/rendezvous", rank=rank, world_size=size)
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    model, tokens = Model(SHAPE, ADAPTER), torch.randint(60, (2, 9))
+    with torch.no_grad():
+        expected, _ = model(tokens)
+    shard_base(model, torch.device("cpu"), Processes(rank, size))
+
+    def held() -> float:
+        frozen = [p for p in model.parameters() if not p.requires_grad]
+        return sum(p.to_local().numel() for p in frozen) / sum(p.numel() for p in frozen)
+
+    shares = [held()]
+    with torch.inference_mode():
+        evaluated, _ = model(tokens)
+    hidden, _ = model.hidden(tokens, recompute=True)
+    hidden.sum().backward()
+    shares.append(held())
+    gradients = all(p.grad is not None for p in trainable_parameters(model).values())
+    names = list(adapter_state(model))
+    result = {"shares": torch.tensor(shares), "equal": torch.equal(evaluated, expected), "gradients": gradients}
+    torch.save(result | {"names": names}, f"{directory}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_sharded_weights_are_halved_on_two_processes(tmp_path):
+    mp.spawn(measure_shards, (2, str(tmp_path)), nprocs=2)
+    for rank in range(2):
+        result = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        assert result["shares"].max() <= 0.6
+        assert result["equal"]
+        assert result["gradients"]
+        assert result["names"] == list(adapter_state(Model(SHAPE, ADAPTER)))
 
 
 @pytest.mark.slow
