@@ -3,8 +3,8 @@
     from minidoctor import load, generate, SampleConfig
 
 The method is in the files of this directory. Read them in this order; each imports only files above it and ops/:
-config, lora, router, kv_cache, model, expert_queue, losses, batching, step, generate. The subpackages are shelves:
-loading, data, training runs, evaluation, pictures, benchmarks and the ablation. Each has a README.md.
+config, lora, router, kv_cache, model, expert_queue, losses, batching, step, generate. The subpackages contain
+the rest (loading, data, training runs, evaluation, pictures, benchmarks, the ablation); each has a README.md.
 
 Shapes in comments and docstrings use these letters:
 
@@ -13,7 +13,10 @@ Shapes in comments and docstrings use these letters:
     N  tokens, flattened          G  key/value heads      R  rank of one expert
     S  positions in the cache     C  head dim             Z  routing dim
     L  sublayers with experts     F  feed-forward dim     Q  slots of the queue per expert
-    V  vocabulary
+    V  vocabulary                 n  positions of answer tokens, or anchors chosen from them
+
+Expert e of a sublayer is one pair (A_e, B_e) in each adapted linear layer of that sublayer, under one gate. A sublayer
+is the attention or the feed-forward part of a block.
 """
 
 from minidoctor.checkpoints.adapters import load

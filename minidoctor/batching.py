@@ -1,8 +1,9 @@
 """Examples to padded batches, in a seeded order that can be restarted at any step.
 
-`targets[t]` is the token that follows `tokens[t]`, or IGNORE where nothing is learned: on the prompt, the special
-tokens of the chat format and the padding. The contents of a batch are a function of the seed and the step alone, so a
-resumed run needs no other record of its position in the data.
+`targets[t]` is the token that follows `tokens[t]` if that token belongs to an answer or ends it, else IGNORE. The
+answer positions are those with a target: from the last token of a prompt to the last but one of its answer. The
+contents of a batch are a function of the seed and the step alone, so a resumed run needs no other record of its
+position in the data.
 """
 
 import math
@@ -28,9 +29,10 @@ class Batch(NamedTuple):
 
     tokens: Tensor  # (B, T)
     targets: Tensor  # (B, T)
-    attention_mask: Tensor  # (B, T), False on padding
-    answer_positions: Tensor  # (n,), indices into the B*T flattened positions whose target is not IGNORE. Computed
-    # here, on the CPU: on the GPU a step would have to read back how many there are.
+    attention_mask: Tensor  # (B, T), False on padding; for the losses, as causal attention needs none
+    answer_positions: (
+        Tensor  # (n,), indices into the B*T flattened positions; on the GPU their number would be read back
+    )
 
     def to(self, device: torch.device) -> "Batch":
         return Batch(*(tensor.to(device, non_blocking=True) for tensor in self))
@@ -46,7 +48,7 @@ def collate(examples: list[Example]) -> Batch:
 
 
 def micro_batches(examples: list[Example], n: int) -> list[Batch]:
-    """Split the examples of one step into at most n batches of similar lengths, for gradient accumulation."""
+    """Split the examples of one step, sorted by length, into at most n batches for gradient accumulation."""
     by_length = sorted(examples, key=lambda example: len(example.tokens))
     size = math.ceil(len(by_length) / n)
     return [collate(by_length[i : i + size]) for i in range(0, len(by_length), size)]
@@ -71,8 +73,8 @@ class ShuffledBatches:
         order = torch.randperm(len(self.examples), generator=generator).tolist()
         size, batches = self.window * self.batch_size, []
         for start in range(0, len(order), size):
-            window = sorted(order[start : start + size], key=lambda i: len(self.examples[i].tokens))
-            batches += [window[i : i + self.batch_size] for i in range(0, len(window), self.batch_size)]
+            by_length = sorted(order[start : start + size], key=lambda i: len(self.examples[i].tokens))
+            batches += [by_length[i : i + self.batch_size] for i in range(0, len(by_length), self.batch_size)]
         return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
 
     def starting_at(self, step: int) -> Iterator[list[Example]]:

@@ -1,7 +1,7 @@
 """Configuration: the model, the adapter, training and sampling, as frozen dataclasses that check their values.
 
-Each field has a help text and is one flag of the command line: `top_k: int = flag(2, "...")` becomes `--top-k 2`
-(minidoctor/cli/flags.py). Values are checked once, when the dataclass is made, and all other code relies on them.
+A field made with `flag` has a help text and is one flag of the command line: `top_k: int = flag(2, "...")` becomes
+`--top-k 2` (minidoctor/cli/flags.py). Numbers are checked once, when the dataclass is made; other code relies on it.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ TARGETS = {
 }
 
 TINY = 1e-30  # lower bound of values that must be above 0
-LARGEST = 2**31 - 1  # excludes infinity and integers that no tensor shape can have
+LARGEST = 2**31 - 1  # excludes infinity and sizes that are surely mistakes
 
 
 class UserError(ValueError):
@@ -50,8 +50,8 @@ class RopeScaling:
 
     kind: str  # "linear": all frequencies divided by `factor`; "llama3": only the low ones
     factor: float
-    low_freq_factor: float = 1.0  # frequencies with fewer turns in the original context are divided
-    high_freq_factor: float = 4.0  # frequencies with more turns stay unchanged
+    low_freq_factor: float = 1.0  # a frequency with fewer turns than this in the original context is divided
+    high_freq_factor: float = 4.0  # a frequency with more turns than this stays unchanged
     original_seq_len: int = 8192
 
     def __post_init__(self) -> None:
@@ -101,19 +101,22 @@ class AdapterConfig:
     n_experts: int = flag(8, "LoRA experts per adapted layer (1: plain LoRA)")
     top_k: int = flag(2, "experts per token")
     rank: int = flag(8, "rank of one expert")
-    alpha: float = flag(16.0, "scale of the update, which is multiplied by alpha / rank")
+    alpha: float = flag(16.0, "the sum of the experts is multiplied by alpha / rank")
     targets: tuple[str, ...] = flag(tuple(TARGETS), "linear layers with experts")
     routing_dim: int = flag(16, "dimension of the routing vectors")
 
     def __post_init__(self) -> None:
         if self.n_experts == 1 and self.top_k == AdapterConfig.top_k:
-            object.__setattr__(self, "top_k", 1)  # the default follows: one expert leaves nothing to choose
+            object.__setattr__(self, "top_k", 1)  # the default of several experts: one leaves nothing to choose
         check_range(self, "n_experts", "rank", "routing_dim", high=4096)
         check_range(self, "alpha", low=TINY)
         check_range(self, "top_k", high=self.n_experts)
         for target in self.targets:
             check(target in TARGETS, f"unknown target {target!r}, expected some of {', '.join(TARGETS)}")
-        check(len(set(self.targets)) == len(self.targets) > 0, f"targets must be distinct, got {self.targets}")
+        check(
+            len(set(self.targets)) == len(self.targets) > 0,
+            f"targets must be at least one and distinct, got {self.targets}",
+        )
 
 
 @dataclass(frozen=True)
@@ -137,13 +140,13 @@ class TrainConfig:
     warmup: int = flag(20, "warm-up steps to the peak; a cosine to a tenth of it follows")
     weight_decay: float = flag(0.0, "decoupled weight decay of the trainable parameters")
     clip: float = flag(1.0, "maximum norm of the gradient")
-    balance_weight: float = flag(0.1, "weight of the load-balance loss (0: off)")
-    contrast_weight: float = flag(0.03, "weight of the contrastive routing loss (0: off, without a queue)")
+    balance_weight: float = flag(0.2, "weight of the load-balance loss (0: off)")
+    contrast_weight: float = flag(0.03, "weight of the contrastive routing loss (0: off, and no queue)")
     contrast_temperature: float = flag(0.3, "temperature of the contrastive routing loss")
     contrast_warmup: int = flag(50, "steps until the contrastive loss has its full weight")
-    n_anchors: int = flag(128, "answer tokens per step that are contrasted with the queue and then enqueued")
-    queue_capacity: int = flag(64, "routing vectors per router and expert in the queue")
-    queue_share: int = flag(8, "maximum number of them that one step replaces")
+    n_anchors: int = flag(128, "answer tokens per step that are compared with the queue, and candidates to be enqueued")
+    queue_capacity: int = flag(64, "slots of the queue per router and expert")
+    queue_share: int = flag(8, "slots of one router and expert that one step may replace")
     log_every: int = flag(20, "steps between two printed lines")
     save_every: int = flag(100, "steps between two saves of the training state")
     seed: int = flag(0, "seed of all random draws")

@@ -1,11 +1,12 @@
-"""The expert memory queue: for each sublayer and expert, the last Q routing vectors of tokens whose top-1 it was.
+"""The expert memory queue: for each sublayer and expert, the last Q routing vectors that were enqueued for it.
 
-Each sublayer and expert has a ring of Q slots. The n-th vector is written to slot n % Q, and a slot is filled once
-n has passed it. The contrastive loss compares tokens with these keys, so its compute and its memory are fixed by L, E
-and Q, for every batch size and sequence length.
+Each sublayer and expert has a ring of Q slots. The vectors are numbered from 0 in order of writing; number i goes to
+slot i % Q. The contrastive loss compares the anchors of a step with these keys, so its compute and its memory are
+fixed by L, E, Q, Z and the number of anchors, for every batch size and sequence length.
 
 A queue of past representations for contrastive learning: https://arxiv.org/abs/1911.05722, section 3.2. MoCo has one
-queue of negatives. Here each key belongs to an expert, which decides for whom it is a positive.
+queue of negatives and a momentum encoder. Here each key belongs to an expert, and is a positive for the tokens routed
+to that expert; it is the vector that the router computed at its step.
 """
 
 import torch
@@ -18,10 +19,10 @@ class ExpertQueue(nn.Module):
     keys: Tensor  # (L, E, Q, Z)
     written: Tensor  # (L, E), vectors written so far
 
-    def __init__(self, n_layers: int, n_experts: int, capacity: int, routing_dim: int):
+    def __init__(self, n_sublayers: int, n_experts: int, capacity: int, routing_dim: int):
         super().__init__()
-        self.register_buffer("keys", torch.zeros(n_layers, n_experts, capacity, routing_dim))
-        self.register_buffer("written", torch.zeros(n_layers, n_experts, dtype=torch.long))
+        self.register_buffer("keys", torch.zeros(n_sublayers, n_experts, capacity, routing_dim))
+        self.register_buffer("written", torch.zeros(n_sublayers, n_experts, dtype=torch.long))
 
     def filled(self) -> Tensor:
         """Return (L, E, Q), True where a key has been written."""
@@ -29,14 +30,14 @@ class ExpertQueue(nn.Module):
         return slots < self.written.unsqueeze(-1)  # (L, E, Q)
 
     @torch.no_grad()
-    def enqueue(self, z: Tensor, expert_ids: Tensor, limit: int) -> None:
-        """Append z (L, n, Z) to the rings of expert_ids (L, n), at most the last `limit` <= Q of each expert.
+    def enqueue(self, z: Tensor, top1: Tensor, limit: int) -> None:
+        """Append z (L, n, Z) to the rings of its top-1 experts (L, n), at most the last `limit` <= Q of each expert.
 
         The result is that of this loop:
 
             for l in range(L):
                 for e in range(E):
-                    for vector in z[l][expert_ids[l] == e][-limit:]:
+                    for vector in z[l][top1[l] == e][-limit:]:
                         keys[l, e, written[l, e] % Q] = vector
                         written[l, e] += 1
 
@@ -45,14 +46,17 @@ class ExpertQueue(nn.Module):
         capacity, n = self.keys.shape[2], z.shape[1]
         limit = min(limit, capacity, n)
         experts = torch.arange(self.keys.shape[1], device=z.device)  # (E,)
-        is_top1 = expert_ids.unsqueeze(1) == experts[:, None]  # (L, E, n)
-        order = torch.where(is_top1, torch.arange(1, n + 1, device=z.device), 0)  # (L, E, n), 0: another expert's
-        order, tokens = order.topk(limit, dim=-1)  # (L, E, limit), the latest first, then those of other experts
-        valid = order > 0
-        count = valid.sum(-1, keepdim=True)  # (L, E, 1)
-        # The v valid tokens go to slots written ... written + v - 1 in order of arrival. The remaining entries point
-        # at the following slots and rewrite their old contents, so the scatter has a fixed shape and no index occurs
-        # twice.
+        is_top1 = top1.unsqueeze(1) == experts[:, None]  # (L, E, n)
+        number = torch.where(
+            is_top1, torch.arange(1, n + 1, device=z.device), 0
+        )  # (L, E, n), 0: another expert's token
+        largest, tokens = number.topk(limit, dim=-1)  # (L, E, limit): the expert's last tokens, last first, then others
+        valid = largest > 0
+        count = valid.sum(-1, keepdim=True)  # (L, E, 1), v below
+        # The v valid tokens go to slots written ... written + v - 1, the last token to the last of them. The remaining
+        # entries point at the following slots and rewrite their old contents, so the scatter has a fixed shape and no
+        # index occurs twice. With limit 3, written 5 and the expert's tokens 2 and 7: token 7 -> slot 6, token 2 ->
+        # slot 5, the third entry rewrites slot 7.
         offset = torch.arange(limit, device=z.device)  # (limit,)
         slots = (self.written.unsqueeze(-1) + torch.where(valid, count - 1 - offset, offset)) % capacity
         index = slots.unsqueeze(-1).expand(-1, -1, -1, z.shape[-1])  # (L, E, limit, Z)

@@ -1,7 +1,7 @@
 """Generation: a prefill of the prompts, then one token at a time with the KV cache.
 
 Prompts of different lengths are padded on the right, and each row continues from its own end. Greedy decoding
-therefore gives every row of a batch the tokens that it would get in a batch of one.
+therefore gives every row of a batch the tokens that it would get in a batch of one, up to rounding.
 """
 
 from collections.abc import Collection, Iterator
@@ -71,7 +71,7 @@ def generate(
         raise UserError(f"the prompt has {start + longest} tokens; the model's context of {limit} includes the answer")
     device = model.lm_head.weight.device
     tokens = torch.tensor([p + [0] * (longest - len(p)) for p in prompts], device=device)  # (B, T)
-    positions = [start + len(prompt) for prompt in prompts]  # of each row's next token
+    positions = [start + len(prompt) for prompt in prompts]  # the position that each row's next token gets
     ends = [min(position + config.max_new_tokens, limit) for position in positions]
     if prefix:
         cache = prefix.expand(model.config, len(prompts), max(ends))
@@ -96,7 +96,7 @@ def generate(
         yield [i if alive else None for alive, i in zip(running, ids, strict=True)]
         if not any(alive and p + 1 < end for alive, p, end in zip(running, positions, ends, strict=True)):
             return
-        # A row that has ended keeps rewriting the last position of the cache, which no other row attends to.
+        # A row that has ended is computed on, at most at the last position of the cache; its tokens are not returned.
         clipped = torch.tensor([[min(p, max(ends) - 1)] for p in positions], device=device)  # (B, 1)
         hidden, _ = model.hidden(next_tokens[:, None], clipped, cache)  # (B, 1, D)
         logits = model.lm_head(hidden[:, -1])  # (B, V)

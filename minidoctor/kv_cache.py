@@ -1,8 +1,8 @@
 """The KV cache: keys and values of the positions computed so far, for each layer.
 
 Each row of a batch has its own positions, and the keys of row b are written at `positions[b]`. Prompts of different
-lengths are padded on the right. The tokens generated later overwrite the padding, and no token attends to it before
-that, because its position is greater than theirs.
+lengths are padded on the right. Tokens generated later overwrite the padding; before that no token attends to the
+padding, which has greater positions than every token of its row.
 """
 
 from typing import NamedTuple
@@ -33,7 +33,7 @@ class KVCache:
         self.length = 0  # positions in use by the longest row; attention covers only these
 
     def reserve(self, n_rows: int, n_tokens: int) -> list[LayerCache]:
-        """Extend the cache by n_tokens positions, as far as it goes, and return the first rows for each layer."""
+        """Count n_tokens more positions as in use, at most all, and return the first n_rows rows for each layer."""
         self.length = min(self.length + n_tokens, self.keys.shape[3])
         keys, values = (stored[:, :n_rows, :, : self.length] for stored in (self.keys, self.values))
         return [LayerCache(*layer) for layer in zip(keys.unbind(), values.unbind(), strict=True)]

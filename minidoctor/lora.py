@@ -5,7 +5,8 @@
 The sum over experts is a single matrix product. Stack the matrices A_e (R, D_in) into one (E*R, D_in), place the
 matrices B_e (D_out, R) side by side in one (D_out, E*R), and multiply the E*R hidden values by the gates in between.
 An expert that was not chosen has gate 0 and contributes nothing, so the result is exactly top-k, without a loop,
-a gather or a host-device synchronization. With one expert this is plain LoRA.
+a gather or a host-device synchronization. The price is that the hidden values of all E experts are computed; E*R is
+small next to D_in. With one expert this is plain LoRA.
 
 LoRA: https://arxiv.org/abs/2106.09685, section 4.1.
 """
@@ -29,12 +30,12 @@ class LoRAExperts(Linear):
         self.requires_grad_(False)
         self.rank = rank
         self.scale = alpha / rank  # keeps the size of the update roughly constant when the rank changes
-        # Created on the CPU on every device: the same seed then gives the same experts everywhere, and a model
-        # whose frozen part is still on the device "meta" has real experts.
+        # Always created on the CPU: the same seed then gives the same experts on every device, and a model whose
+        # frozen part is still on the device "meta" has real experts.
         self.lora_a = nn.Parameter(torch.empty(n_experts * rank, d_in, device="cpu"))
-        self.lora_b = nn.Parameter(torch.zeros(d_out, n_experts * rank, device="cpu"))
-        # B = 0 makes every update 0 at step 0, so training starts from exactly the pretrained model.
         nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))  # as in the LoRA authors' code
+        # B = 0 makes every update 0 at step 0, so training starts from exactly the pretrained model.
+        self.lora_b = nn.Parameter(torch.zeros(d_out, n_experts * rank, device="cpu"))
 
     def forward(self, x: Tensor, gates: Tensor | None = None) -> Tensor:
         """(B, T, D_in) and gates (B, T, E) -> (B, T, D_out). Without gates every expert has gate 1 (plain LoRA)."""
@@ -45,6 +46,7 @@ class LoRAExperts(Linear):
         if gates is not None:
             gates = gates.flatten(0, -2).to(x.dtype).unsqueeze(-1)  # (N, E, 1)
             hidden = (hidden.unflatten(-1, (-1, self.rank)) * gates).flatten(-2)  # (N, E*R)
-        # W x + scale * B hidden. Added in place, because a separate (N, D_out) update would be written and read again.
+        # Added in place to an output that the backward pass does not need: a separate (N, D_out) update would be
+        # written and read again.
         y = super().forward(rows).addmm_(hidden, lora_b.T, alpha=self.scale)  # (N, D_out)
         return y.unflatten(0, x.shape[:-1])  # (B, T, D_out)

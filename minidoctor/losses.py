@@ -15,7 +15,7 @@ def language_model_loss(hidden: Tensor, head: Tensor, targets: Tensor, answer_po
     """Return the summed negative log-likelihood of the answer tokens, in nats.
 
     hidden (B, T, D), head (V, D), targets (B, T), answer_positions (n,) indices into the B*T flattened positions.
-    Only those n rows are multiplied by the vocabulary matrix, in training the largest product of a small model.
+    Only those n rows are multiplied by the vocabulary matrix, the largest product of a training step of a small model.
     It is a sum, so that micro-batches with different numbers of answer tokens add up to the loss of the batch.
     """
     rows = hidden.flatten(0, 1).index_select(0, answer_positions)  # (n, D)
@@ -28,17 +28,17 @@ def load_balance_loss(
     attention_mask: Tensor,
     all_reduce: Callable[[list[Tensor]], None] | None = None,
 ) -> Tensor:
-    """Return E * sum_e f_e p_e of one sublayer: 1 when all experts are used equally, E when one takes every token.
+    """Return E * sum_e f_e p_e of one sublayer: 1 when all experts are used equally, at most E/K.
 
     probs (B, T, E), expert_ids (B, T, K), attention_mask (B, T) False on padding. f_e is the share of the K choices
     that fell on expert e, p_e its mean probability; the gradient flows through p_e. Computed per sublayer: the
-    concatenation of two collapsed sublayers can look balanced. With several processes, `all_reduce` sums f over the
-    global batch, and the losses of the processes add up to its loss.
+    concatenation of two collapsed sublayers can look balanced. With several processes, `all_reduce` makes f that
+    of the global batch, and the return values of the processes add up to the loss of the global batch.
 
     https://arxiv.org/abs/2101.03961, eq. 4, with f_e divided by K.
     """
     n_experts, mask = probs.shape[-1], attention_mask.unsqueeze(-1).to(probs.dtype)  # (B, T, 1)
-    experts = torch.arange(n_experts, device=probs.device)  # (E,); F.one_hot would read the largest id back
+    experts = torch.arange(n_experts, device=probs.device)  # (E,); F.one_hot would synchronize to read the largest id
     chosen = (expert_ids.unsqueeze(-1) == experts).sum(-2).to(probs.dtype)  # (B, T, E)
     counts, n_tokens = (chosen * mask).sum((0, 1)), mask.sum()  # (E,), ()
     if all_reduce:
@@ -53,10 +53,12 @@ def contrastive_routing_loss(z: Tensor, gates: Tensor, keys: Tensor, filled: Ten
 
     For anchors z (..., n, Z) with gates (..., n, E), keys (..., E, Q, Z) and `filled` (..., E, Q), it is the mean
     over anchors of the cross-entropy of softmax_j(z_i . key_j / temperature) against a target that gives the keys of
-    expert e together the mass g_ie, spread evenly. The mass of an expert without keys goes to the anchor's other
-    experts. An anchor whose experts have no keys counts 0, and so does an empty queue.
+    expert e together the mass g_ie, spread evenly; j runs over the filled keys of all experts of the sublayer. The mass
+    of an expert without keys goes to the anchor's other experts. An anchor whose experts have no keys enters the mean
+    as 0, so an empty queue gives 0.
 
-    Soft-target InfoNCE: https://arxiv.org/abs/2306.00984, eq. 4. The gradient reaches the router through z.
+    Soft-target InfoNCE: https://arxiv.org/abs/2306.00984, eq. 4. The gradient flows through z only: into the router's
+    projection, not into its expert embeddings and scale, and through x into the experts and routers below.
     """
     count = filled.sum(-1)  # (..., E)
     empty = ~filled.unsqueeze(-3)  # (..., 1, E, Q)
@@ -64,10 +66,11 @@ def contrastive_routing_loss(z: Tensor, gates: Tensor, keys: Tensor, filled: Ten
     total = mass.sum(-1)  # (..., n)
     mass = mass / total.clamp_min(torch.finfo(mass.dtype).tiny).unsqueeze(-1)
     similarity = torch.einsum("...nz,...eqz->...neq", z, keys) / temperature  # (..., n, E, Q)
-    # The lowest finite number instead of -inf: its gradient would be NaN where a sublayer has no key at all.
+    # The lowest finite number instead of -inf: the gradient of a logsumexp over -inf alone, of a sublayer without keys,
+    # would be NaN.
     lowest = torch.finfo(similarity.dtype).min
-    normalizer = similarity.masked_fill(empty, lowest).flatten(-2).logsumexp(-1)  # (..., n)
+    log_normalizer = similarity.masked_fill(empty, lowest).flatten(-2).logsumexp(-1)  # (..., n)
     # The target is uniform over the keys of one expert, so their mean similarity, times the mass, is enough.
     mean = similarity.masked_fill(empty, 0).sum(-1) / count.clamp_min(1).unsqueeze(-2)  # (..., n, E)
-    loss = normalizer - (mass * mean).sum(-1)  # (..., n)
+    loss = log_normalizer - (mass * mean).sum(-1)  # (..., n)
     return torch.where(total > 0, loss, 0.0).mean()

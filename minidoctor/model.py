@@ -30,7 +30,7 @@ from minidoctor.router import Router, Routing
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight, in float32: the square of a bfloat16 activation has only 8 significant bits."""
+    """x / rms(x) * weight. The mean square is computed in float32; bfloat16 has 8 significant bits."""
 
     def __init__(self, dim: int, eps: float):
         super().__init__()
@@ -44,15 +44,16 @@ class RMSNorm(nn.Module):
 def rotary_frequencies(config: ModelConfig, device: torch.device) -> Tensor:
     """Return radians per position (C/2,) of each pair of a head's dimensions: theta^(-2i/C), scaled by the config."""
     exponents = torch.arange(0, config.head_dim, 2, device=device).float() / config.head_dim  # (C/2,)
-    # Not theta**-exponents: the last bit of a frequency, times a position of 100,000, shows in the logits.
+    # As transformers computes it, not theta**-exponents: the last bit of a frequency, times a position of 100,000,
+    # shows in the logits.
     frequencies = 1.0 / config.rope_theta**exponents  # (C/2,)
     scaling = config.rope_scaling
     if scaling is None:
         return frequencies
     if scaling.kind == "linear":  # https://arxiv.org/abs/2306.15595, section 2.3
         return frequencies / scaling.factor
-    # Llama 3.1: high frequencies, which distinguish near tokens, are kept; pairs that complete less than one turn in
-    # the original context are slowed down; the frequencies in between are interpolated.
+    # Llama 3.1: high frequencies, which distinguish near tokens, are kept; pairs that complete fewer turns than
+    # low_freq_factor in the original context are slowed down; the frequencies in between are interpolated.
     turns = scaling.original_seq_len * frequencies / (2 * math.pi)  # (C/2,)
     kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
     kept = kept.clamp(0, 1)  # (C/2,)
@@ -68,16 +69,16 @@ def rotary_table(positions: Tensor, frequencies: Tensor, dtype: torch.dtype) -> 
 
 
 def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-    """(B, H, T, C) -> same. Checkpoints in this layout pair dimension i with i + C/2, not with i + 1."""
+    """(B, H, T, C) -> same. Hugging Face checkpoints pair dimension i with i + C/2, not with i + 1."""
     cos, sin = rotary
     return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin
 
 
 def alibi_slopes(n_heads: int, device: torch.device) -> Tensor:
-    """Return the slope (H,) of each head's linear bias.
+    """Return the slope (H,) of each head's linear bias, as the authors' code chooses it.
 
-    A geometric sequence from 2^(-8/n) for n heads, a power of two. Further heads take every second slope of 2n heads,
-    as the authors' code does.
+    For n = 2^k heads the slopes are 2^(-8i/n), i = 1 ... n. If H is not a power of two, the heads beyond the largest
+    n <= H take the first, third, ... slope of 2n heads.
     """
     n = 2 ** int(math.log2(n_heads))
     exponents = torch.cat([torch.arange(1, n + 1) / n, (1 + 2 * torch.arange(n_heads - n)) / (2 * n)])  # (H,)
@@ -99,16 +100,18 @@ def position_info(config: ModelConfig, positions: Tensor, dtype: torch.dtype, ca
     if not config.alibi:
         rotary = rotary_table(positions, rotary_frequencies(config, positions.device), dtype)
     if cache_length is not None or config.alibi or 0 < config.window < n_tokens:
-        keys = torch.arange(n_tokens if cache_length is None else cache_length, device=positions.device)  # (S,)
-        queries = positions[:, None, :, None]  # (B, 1, T, 1)
-        hidden = keys > queries  # (B, 1, T, S)
+        key_positions = torch.arange(
+            n_tokens if cache_length is None else cache_length, device=positions.device
+        )  # (S,)
+        query_positions = positions[:, None, :, None]  # (B, 1, T, 1)
+        excluded = key_positions > query_positions  # (B, 1, T, S)
         if config.window:
-            hidden |= keys <= queries - config.window
-        mask = torch.zeros_like(hidden, dtype=dtype)
+            excluded |= key_positions <= query_positions - config.window
+        mask = torch.zeros_like(excluded, dtype=dtype)
         if config.alibi:
             slopes = alibi_slopes(config.n_heads, positions.device)[:, None, None]  # (H, 1, 1)
-            mask = (slopes * (keys - queries)).to(dtype)  # (B, H, T, S)
-        mask = mask.masked_fill(hidden, -torch.inf)  # (B, 1 or H, T, S)
+            mask = (slopes * (key_positions - query_positions)).to(dtype)  # (B, H, T, S)
+        mask = mask.masked_fill(excluded, -torch.inf)  # (B, 1 or H, T, S)
     if cache_length is not None:
         cache_index = positions[:, None, :, None].expand(n_rows, config.n_kv_heads, n_tokens, config.head_dim)
     return PositionInfo(rotary, mask, cache_index)
@@ -121,7 +124,7 @@ def make_linear(d_in: int, d_out: int, name: str, adapter: AdapterConfig | None,
 
 
 def make_router(dim: int, sublayer: str, adapter: AdapterConfig | None) -> Router | None:
-    """Return the router shared by a sublayer's adapted linear layers, or None in plain LoRA and without experts."""
+    """Return the router shared by a sublayer's adapted linear layers; None for plain LoRA or if none is adapted."""
     if adapter and adapter.n_experts > 1 and any(TARGETS[target] == sublayer for target in adapter.targets):
         return Router(dim, adapter.n_experts, adapter.top_k, adapter.routing_dim)
     return None
@@ -133,7 +136,10 @@ def project(layer: Linear, x: Tensor, routing: Routing | None) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Grouped-query attention: H/G query heads share one key and value head."""
+    """Grouped-query attention: H/G query heads share one key and value head.
+
+    All four linear layers, o_proj too, use the gates computed from the input of the sublayer.
+    """
 
     def __init__(self, config: ModelConfig, adapter: AdapterConfig | None):
         super().__init__()
@@ -200,12 +206,12 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Everything but the output layer. A separate module because checkpoints call it `model`."""
+    """Embedding, blocks and last norm. A separate module because its parameters are called `model.*` in checkpoints."""
 
     def __init__(self, config: ModelConfig, adapter: AdapterConfig | None):
         super().__init__()
-        # Uniform with variance 1 instead of nn.Embedding's normal values: drawing these on the device "meta", as when
-        # a checkpoint is loaded, makes torch import its compiler, which takes two seconds.
+        # Uniform with variance 1. The normal values of nn.Embedding would make torch import its compiler when a model
+        # is made on the device "meta" to load a checkpoint, which takes two seconds.
         weight = torch.empty(config.vocab_size, config.dim).uniform_(-(3**0.5), 3**0.5)  # (V, D)
         self.embed_tokens = nn.Embedding.from_pretrained(weight, freeze=False)
         self.layers = nn.ModuleList(Block(config, adapter) for _ in range(config.n_layers))
@@ -237,8 +243,9 @@ class Model(nn.Module):
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)  # (B, T)
         x = self.model.embed_tokens(tokens)  # (B, T, D)
-        layer_caches = cache.reserve(*tokens.shape) if cache else [None] * self.config.n_layers
-        info = position_info(self.config, positions, x.dtype, cache.length if cache else None)
+        layer_caches = [None] * self.config.n_layers if cache is None else cache.reserve(*tokens.shape)
+        # After `reserve`, which counts the new positions into the length.
+        info = position_info(self.config, positions, x.dtype, None if cache is None else cache.length)
         routings: list[Routing] = []
         for block, layer_cache in zip(self.model.layers, layer_caches, strict=True):
             if recompute:
@@ -266,5 +273,5 @@ def adapter_state(model: Model) -> dict[str, Tensor]:
 
 
 def trainable_parameters(model: Model) -> dict[str, nn.Parameter]:
-    """Return the parameters that are not frozen by name: the adapter's, or all of a model without one."""
+    """Return, by name, the parameters that are not frozen: the adapter's, or all of a model without one."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}

@@ -21,8 +21,8 @@ from minidoctor.ops.precision import at_least_float32
 class Routing(NamedTuple):
     """The decision of one router for each token.
 
-    It is returned next to the output and never stored on the module: activation checkpointing runs a module twice,
-    and a stored routing would be that of the wrong pass.
+    It is returned with the output and never stored on the module: activation checkpointing runs a module twice, and
+    a stored routing would be that of the wrong pass.
     """
 
     gates: Tensor  # (B, T, E), K of them nonzero, sum 1
@@ -48,7 +48,7 @@ class Router(nn.Module):
         # standard deviation 2: neither a uniform nor a hard choice.
         self.scale = nn.Parameter(torch.tensor(2.0 * routing_dim**0.5, device="cpu"))
         nn.init.normal_(self.projection, std=dim**-0.5)
-        nn.init.orthogonal_(self.embeddings)  # no two experts start alike while E <= Z
+        nn.init.orthogonal_(self.embeddings)  # no expert is favoured at the start while E <= Z
 
     def forward(self, x: Tensor) -> Routing:
         """(B, T, D) -> Routing."""

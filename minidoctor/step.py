@@ -1,8 +1,11 @@
 """One training step.
 
-    tokens -> model -> hidden, routings -> language-model loss at the answer positions
-                            |-> load balance      |-> contrastive routing loss <- expert queue
+    tokens -> model -> hidden    -> language-model loss at the answer positions
+                    -> routings  -> load balance over all tokens
+                                 -> contrastive routing loss of the anchors <- keys of the expert queue
     backward -> clip -> optimizer step -> queue.enqueue(z of the anchors)
+
+The anchors of a step are answer positions drawn at random.
 
 Backpropagation stops at the first adapted layer. Logits are computed at answer positions only. There is no
 host-device synchronization.
@@ -28,7 +31,7 @@ class StepMetrics(NamedTuple):
     """Measurements of one step. Tensors stay on the device, because reading one back makes the CPU wait for it."""
 
     losses: dict[str, Tensor]  # "loss", the weighted total, and its terms "lm", "balance" and "contrast"
-    expert_load: Tensor  # (L, E), share of the anchors whose top-1 each expert is; (0, 0) without a router
+    expert_load: Tensor  # (L, E), share of the anchors that have expert e as top-1; of shape (0, 0) without a router
     queue_fill: Tensor | None  # share of the queue's slots that have been written
     grad_norm: Tensor
     lr: float
@@ -68,10 +71,10 @@ def gather_routing(routings: list[Routing], positions: Tensor) -> tuple[Tensor, 
 
 
 class Losses(NamedTuple):
-    """The unweighted loss terms of one batch, and the routing of its anchors, which are enqueued after the step."""
+    """The unweighted loss terms of one micro-batch, and z and top-1 experts of its anchors, enqueued after the step."""
 
     terms: dict[str, Tensor]  # "lm", summed over the answer tokens; "balance" and "contrast", means over the sublayers
-    routings: list[Routing]
+    routings: list[Routing]  # for custom loss functions, such as those of the ablation
     z: Tensor | None  # (L, n, Z), detached; None without a router
     top1: Tensor | None  # (L, n)
 
@@ -92,7 +95,7 @@ def compute_losses(
     balance = [load_balance_loss(r.probs, r.expert_ids, batch.attention_mask) for r in routings]
     terms["balance"] = torch.stack(balance).mean()
     z, gates, top1 = gather_routing(routings, anchors)
-    if queue:
+    if queue is not None:
         terms["contrast"] = contrastive_routing_loss(z, gates, queue.keys, queue.filled(), config.contrast_temperature)
     return Losses(terms, routings, z.detach(), top1)
 
@@ -109,16 +112,17 @@ def train_step(
 ) -> StepMetrics:
     """Update the trainable parameters and the queue with one batch, given as micro-batches.
 
-    The language-model gradient is that of the whole batch. Load balance and contrast are not sums over tokens, so
-    with several micro-batches they are means over these. With several processes, `compute_losses` returns each
-    process's share of the losses and `all_reduce` sums in place over the processes (training/parallel.py).
+    Every example has an answer token. The language-model gradient is that of the whole batch. Load balance, which is
+    not a sum over tokens, and contrast are means over the micro-batches. With several processes, each is given the
+    whole batch, `compute_losses` returns its share of the losses with z and top-1 of all anchors, and `all_reduce` sums
+    in place over the processes (training/parallel.py).
     """
     device = model.lm_head.weight.device
     # One generator per step: its draws do not depend on earlier steps, so no random state is saved.
     rng = random.Random(config.seed * 1_000_003 + step)
     n_answers = sum(len(batch.answer_positions) for batch in batches)
-    contrast_warmup = min(1.0, (step + 1) / max(1, config.contrast_warmup))
-    weights = {"lm": 1.0, "balance": config.balance_weight, "contrast": config.contrast_weight * contrast_warmup}
+    ramp = min(1.0, (step + 1) / max(1, config.contrast_warmup))
+    weights = {"lm": 1.0, "balance": config.balance_weight, "contrast": config.contrast_weight * ramp}
     divisors = {"lm": n_answers, "balance": len(batches), "contrast": len(batches)}
     sums = {"loss": torch.zeros((), device=device)}
     anchor_routing: list[tuple[Tensor, Tensor]] = []
@@ -148,8 +152,8 @@ def train_step(
         z, top1 = (torch.cat(tensors, dim=1) for tensors in zip(*anchor_routing, strict=True))  # (L, n, Z), (L, n)
         experts = torch.arange(model.adapter.n_experts, device=device)  # (E,)
         expert_load = (top1.unsqueeze(-1) == experts).float().mean(1)  # (L, E)
-        if queue:  # after the loss: a token must not find itself among the keys
+        if queue is not None:  # after the loss: a token must not find itself among the keys
             queue.enqueue(z, top1, config.queue_share)
-    queue_fill = queue.filled().float().mean() if queue else None
+    queue_fill = None if queue is None else queue.filled().float().mean()
     n_tokens = sum(int(batch.attention_mask.numpy().sum()) for batch in batches)  # counted on the CPU
     return StepMetrics(sums, expert_load, queue_fill, grad_norm, lr, n_tokens)

@@ -137,7 +137,7 @@ def test_contrast_and_queue_take_the_same_memory_for_1k_4k_and_16k_tokens():
     costs = []
     for n_tokens in (1024, 4096, 16384):
         torch.manual_seed(0)
-        queue = ExpertQueue(n_layers=1, n_experts=8, capacity=64, routing_dim=16)
+        queue = ExpertQueue(n_sublayers=1, n_experts=8, capacity=64, routing_dim=16)
         z = F.normalize(torch.randn(n_tokens, 16), dim=-1)
         gates = torch.rand(n_tokens, 8).softmax(-1)
         rows = torch.tensor(random.Random(0).sample(range(n_tokens), 128))

@@ -1,1 +1,1 @@
-"""Faster or smaller forms of plain operations, each next to its plain form."""
+"""Faster or smaller forms of plain operations, each described by its plain form."""
