@@ -6,9 +6,9 @@ The functions that run in other processes cannot be in __main__.py: these proces
 import json
 import multiprocessing
 import signal
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+import sys
 from dataclasses import asdict
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -33,19 +33,20 @@ def settings(name: str, config: AblationConfig) -> dict[str, Any]:
     return {"config": asdict(config), "variant": asdict(VARIANTS[name])}
 
 
-def run_and_store(name: str, seed: int, config: AblationConfig, path: Path) -> str:
-    """Run one variant and seed in this process, on one core. Return an error message, or "" if the run is stored.
+def run_and_store(name: str, seed: int, config: AblationConfig, path: Path) -> None:
+    """Run one variant and seed in this process, on one core. Exit with code 2 after an error that the user can mend.
 
-    An error that is a fault of the code is raised.
+    Any other error is raised: the process prints its traceback and exits with code 1.
     """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # after Ctrl-C the parent process terminates this one
     torch.set_num_threads(1)
     try:
         write_json(path, {**settings(name, config), "run": asdict(run_variant(name, seed, config))})
     except Exception as error:
         if exit_code(error) is None:
             raise
-        return f"{name}, seed {seed}: {error}"
-    return ""
+        print(f"{name}, seed {seed}: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 def read_run(path: Path, config: AblationConfig) -> RunResult:
@@ -69,21 +70,33 @@ def read_stored(out: Path, config: AblationConfig) -> list[RunResult]:
 
 
 def run_missing(jobs: list[tuple[str, int, AblationConfig, Path]], n_processes: int) -> list[str]:
-    """Run the jobs in parallel and return the messages of those that failed. A failure does not stop the others."""
-    context, ignore = multiprocessing.get_context("spawn"), (signal.SIGINT, signal.SIG_IGN)
-    # A process per run, so that its peak memory does not include that of earlier runs. Ctrl-C is left to this process.
-    with ProcessPoolExecutor(n_processes, context, signal.signal, ignore, max_tasks_per_child=1) as pool:
-        futures = [pool.submit(run_and_store, *job) for job in jobs]
-        try:
-            messages = [future.result() for future in tqdm(as_completed(futures), total=len(jobs), desc="runs")]
-        except BrokenProcessPool:
-            raise UserError("the process of a run was killed, perhaps for lack of memory; lower --jobs") from None
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            for process in multiprocessing.active_children():
-                process.terminate()
-            raise
-    return list(filter(None, messages))
+    """Run the jobs in parallel and return a message for each that failed. A failure does not stop the others.
+
+    Each job has a new process, so that its peak memory does not include that of earlier runs.
+    """
+    context, failures, waiting = multiprocessing.get_context("spawn"), [], jobs[::-1]
+    running: dict[int, tuple[Any, str]] = {}  # process and title by sentinel
+    try:
+        with tqdm(total=len(jobs), desc="runs") as progress:
+            while waiting or running:
+                while waiting and len(running) < n_processes:
+                    job = waiting.pop()
+                    process = context.Process(target=run_and_store, args=job)
+                    process.start()
+                    running[process.sentinel] = process, f"{job[0]}, seed {job[1]}"
+                for sentinel in wait(list(running)):
+                    process, title = running.pop(sentinel)  # type: ignore[arg-type]
+                    process.join()
+                    check(process.exitcode != 1, f"{title}: stopped by a fault of the code, see its traceback above")
+                    if process.exitcode:
+                        hint = ", killed, perhaps for lack of memory; lower --jobs" if process.exitcode < 0 else ""
+                        failures.append(title + hint)
+                    progress.set_postfix_str(title, refresh=False)
+                    progress.update()
+    finally:
+        for process, _ in running.values():
+            process.terminate()
+    return failures
 
 
 def ablate(out: Path, names: list[str], n_seeds: int, n_jobs: int, config: AblationConfig) -> Summary:

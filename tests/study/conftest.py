@@ -1,4 +1,6 @@
-from concurrent.futures import ThreadPoolExecutor
+import os
+import traceback
+from types import SimpleNamespace
 
 import pytest
 
@@ -18,7 +20,33 @@ def ablation_config(base_dir, rows_file):
     return AblationConfig(base=str(base_dir), data=path, eval=path, steps=4, batch_size=4, eval_rows=8, **sizes)
 
 
+class InlineProcess:
+    """A process that runs when it is started, with the exit codes of multiprocessing.Process."""
+
+    def __init__(self, target, args):
+        self.target, self.args, self.exitcode = target, args, None
+        self.sentinel, writer = os.pipe()
+        os.close(writer)  # the sentinel is ready
+
+    def start(self):
+        try:
+            self.target(*self.args)
+            self.exitcode = 0
+        except SystemExit as ended:
+            self.exitcode = ended.code
+        except Exception:
+            traceback.print_exc()
+            self.exitcode = 1
+
+    def join(self):
+        os.close(self.sentinel)
+
+    def terminate(self):
+        self.join()
+
+
 @pytest.fixture
 def in_this_process(monkeypatch):
-    """Run in a thread: a new process needs seconds to import torch."""
-    monkeypatch.setattr(ablation, "ProcessPoolExecutor", lambda *_, **__: ThreadPoolExecutor(1))
+    """Run without new processes, which need seconds to import torch."""
+    monkeypatch.setattr(ablation.multiprocessing, "get_context", lambda _: SimpleNamespace(Process=InlineProcess))
+    monkeypatch.setattr(ablation.signal, "signal", lambda *_: None)

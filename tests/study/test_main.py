@@ -9,7 +9,6 @@ import pytest
 from paths import ROOT
 
 from minidoctor.study import __main__ as study
-from minidoctor.study import ablation
 from minidoctor.study.variants import BASELINE, LORA, QUEUE, VARIANTS
 
 
@@ -37,16 +36,6 @@ def test_file_names_that_are_not_utf8_are_stored(ablation_config, tmp_path, prog
         words = ["--out", tmp_path / "out", "--variants", BASELINE, "--seeds", 1, "--loss-only", *flags(config)]
         assert program(study.main, "study", *words)[0] == 0
     assert json.loads((tmp_path / "out" / "ablation.json").read_text())["config"]["data"] == str(name)
-
-
-def test_fault_of_the_code_keeps_its_traceback(ablation_config, tmp_path, monkeypatch, program, in_this_process):
-    def broken(*arguments):
-        raise ValueError("shapes differ")
-
-    monkeypatch.setattr(ablation, "run_variant", broken)
-    with pytest.raises(ValueError, match="shapes differ") as caught:
-        program(study.main, "study", "--out", tmp_path, "--variants", BASELINE, *flags(ablation_config))
-    assert "broken" in [entry.name for entry in caught.traceback]
 
 
 def test_quick_selects_few_steps_and_questions(monkeypatch, program):

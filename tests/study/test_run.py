@@ -75,6 +75,11 @@ def test_non_finite_loss_raises_with_variant_and_seed(ablation_config, monkeypat
         run_variant(LORA, 3, ablation_config)
 
 
+def test_answers_beyond_the_maximum_length_raise(ablation_config):
+    with pytest.raises(UserError, match=r"rows\.jsonl.*--max-seq-len 3"):
+        run_variant(LORA, 3, replace(ablation_config, max_seq_len=3))
+
+
 def test_loss_only_measures_the_same_loss_without_accuracies(ablation_config):
     measures = run_variant(BASELINE, 0, ablation_config).measures
     loss_only = run_variant(BASELINE, 0, replace(ablation_config, loss_only=True)).measures
