@@ -25,9 +25,9 @@ def test_every_variant_runs_and_is_measured(name, ablation_config):
 def test_variants_of_one_seed_share_batches_and_initial_experts(ablation_config, monkeypatch):
     steps, train_step, weight = {BASELINE: [], QUEUE: []}, study_run.train_step, "model.layers.0.mlp.up_proj.lora_a"
 
-    def spy(model, optimizer, queue, batches, *others):
+    def spy(model, optimizer, queue, batches, *arguments):
         steps[QUEUE if queue else BASELINE].append((batches[0].tokens, adapter_state(model)[weight].clone()))
-        return train_step(model, optimizer, queue, batches, *others)
+        return train_step(model, optimizer, queue, batches, *arguments)
 
     monkeypatch.setattr(study_run, "train_step", spy)
     for name in steps:
@@ -53,9 +53,9 @@ def test_contrast_takes_its_keys_from_queue_or_batch(ablation_config, monkeypatc
 def test_frozen_random_router_is_not_trainable(ablation_config, monkeypatch):
     trainable, make_optimizer = [], study_run.make_optimizer
 
-    def spy(model, *others):
+    def spy(model, *arguments):
         trainable.append(set(trainable_parameters(model)))
-        return make_optimizer(model, *others)
+        return make_optimizer(model, *arguments)
 
     monkeypatch.setattr(study_run, "make_optimizer", spy)
     for name in ("LoRA-MoE, frozen random router", "LoRA-MoE"):
