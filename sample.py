@@ -10,6 +10,7 @@ python sample.py --base DIR --raw "Once upon"      text completion, without a ch
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from minidoctor.ask.chat import WARNING, chat, print_routing, reply, stream
@@ -63,7 +64,9 @@ def main() -> None:
     if args.questions:  # before the model is loaded, which can take minutes
         out, questions = Path(args.out), read_question_file(Path(args.questions))
         n_answered = count_answered(out, questions, args.resume)
-    model, tokenizer = load(args.base, args.adapter, dtype, device, args.chat_format, chats=not args.raw)
+    model, tokenizer = load(args.base, args.adapter, dtype, device, args.chat_format, not args.raw, args.thinking)
+    if tokenizer.format and not args.raw and "max_new_tokens" not in args:  # reasoning needs more
+        config = replace(config, max_new_tokens=max(config.max_new_tokens, tokenizer.format.max_new_tokens))
     sublayer = choose_sublayer(model, args.layer) if args.show_routing else None
     if args.compile:
         compile_blocks(model.model.layers)

@@ -15,16 +15,24 @@ ARCHITECTURES = {
     "qwen3": "Qwen3ForCausalLM",
     "baichuan": "BaiChuanForCausalLM",
     "baichuan2": "BaichuanForCausalLM",
+    "baichuan-13b": "BaichuanForCausalLM",
+    "baichuan2-13b": "BaichuanForCausalLM",
 }
 TINY = {"vocab_size": 6, "hidden_size": 8, "intermediate_size": 4, "num_hidden_layers": 1, "head_dim": 2}
 
 
 def config_json(kind="llama", **changes):
     """Return the content of a small config.json. A key changed to ABSENT is left out."""
-    settings = {"model_type": "baichuan" if kind == "baichuan2" else kind, "architectures": [ARCHITECTURES[kind]]}
+    settings = {"model_type": kind.split("2")[0].split("-")[0] if "baichuan" in kind else kind}
+    settings["architectures"] = [ARCHITECTURES[kind]]
     settings |= {"vocab_size": 60, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
     settings |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128}
-    settings |= {"sliding_window": None, "tie_word_embeddings": False} | changes
+    settings |= {"sliding_window": None, "tie_word_embeddings": False}
+    if "13b" in kind:
+        settings["model_max_length"] = settings.pop("max_position_embeddings")
+    if kind == "baichuan2-13b":
+        settings["z_loss_weight"] = 0
+    settings |= changes
     return {key: value for key, value in settings.items() if value is not ABSENT}
 
 
@@ -64,15 +72,25 @@ def write_checkpoint(directory, kind, dtype=torch.float32, **changes):
     return tensors
 
 
-def write_shards(directory, n=3):
-    """Replace model.safetensors by n shards and an index. Return the file of each tensor."""
+def write_shards(directory, n=3, single="model.safetensors"):
+    """Replace model.safetensors by n shards and an index, or by those of pytorch_model.bin. Return the weight map."""
     tensors = dict(read_tensors(directory / "model.safetensors"))
     (directory / "model.safetensors").unlink()
-    weight_map = {name: f"model-{i % n}.safetensors" for i, name in enumerate(tensors)}
+    stem, suffix = single.split(".")
+    weight_map = {name: f"{stem}-{i % n}.{suffix}" for i, name in enumerate(tensors)}
     for file in set(weight_map.values()):
-        write_tensors(directory / file, {name: tensors[name] for name in tensors if weight_map[name] == file})
-    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+        shard = {name: tensors[name] for name in tensors if weight_map[name] == file}
+        (torch.save(shard, directory / file) if suffix == "bin" else write_tensors(directory / file, shard))
+    (directory / f"{single}.index.json").write_text(json.dumps({"weight_map": weight_map}))
     return weight_map
+
+
+def write_bin(directory, single="model.safetensors", pickled="pytorch_model.bin"):
+    """Replace a safetensors file by the same tensors from torch.save. Return them."""
+    tensors = dict(read_tensors(directory / single))
+    (directory / single).unlink()
+    torch.save(tensors, directory / pickled)
+    return tensors
 
 
 def change_tensors(path, **changes):

@@ -21,13 +21,14 @@ from minidoctor.checkpoints.hugging_face import check_unwrapped, checkpoint_hash
 from minidoctor.config import AdapterConfig, ModelConfig, UserError, check
 from minidoctor.files.hub_cache import follow_snapshot
 from minidoctor.files.json_files import from_json, read_object, write_json
-from minidoctor.files.safetensors import read_header, read_tensors
+from minidoctor.files.pytorch_bin import read_entries
+from minidoctor.files.safetensors import read_tensors
 from minidoctor.model import Model, adapter_state
 from minidoctor.text.tokenizer import Tokenizer, load_tokenizer
 
 CONFIG, ADAPTER = "adapter_config.json", "adapter.safetensors"
 # All files of an adapter and of its training, here and in the package `peft`.
-ADAPTER_FILES = (CONFIG, ADAPTER, "training_state.safetensors", peft.WEIGHTS, "adapter_model.bin")
+ADAPTER_FILES = (CONFIG, ADAPTER, "training_state.safetensors", peft.WEIGHTS, peft.PICKLED)
 
 
 def has_adapter(directory: str | Path) -> bool:
@@ -74,7 +75,7 @@ def load_adapted_model(
     if peft.is_peft(directory):
         peft.check_base(directory, base)
         model = load_model(base, dtype, device, peft.read_peft_config(directory))
-        load_into(adapter_state(model), directory / peft.WEIGHTS, peft.from_peft_name)
+        load_into(adapter_state(model), peft.weights_file(directory), peft.from_peft_name)
     else:
         model = load_model(base, dtype, device, read_adapter_config(directory, base))
         load_into(adapter_state(model), directory / ADAPTER)
@@ -86,7 +87,7 @@ def load_into(state: dict[str, Tensor], path: Path, rename: Callable[[str], str]
 
     With `rename`, for files of another program, any floating-point dtype is accepted.
     """
-    entries = read_header(path)[0]
+    entries = read_entries(path)
     names = {name: rename(name) if rename else name for name in entries}
     repeated = [name for name, count in Counter(names.values()).items() if count > 1]
     check(not repeated, f"{path}: {', '.join(repeated[:1])} is stored under two names")
@@ -100,7 +101,7 @@ def load_into(state: dict[str, Tensor], path: Path, rename: Callable[[str], str]
         expected = f"expected {state[name].dtype} {tuple(state[name].shape)}"
         check(matching and shape == state[name].shape, f"{path}: {name} is {dtype} {shape}, {expected}")
     with torch.no_grad():
-        for stored_name, tensor in read_tensors(path):
+        for stored_name, tensor in read_tensors(path, entries=entries):
             state[names[stored_name]].copy_(tensor)
 
 
@@ -111,15 +112,16 @@ def load(
     device: str | torch.device = "cpu",
     chat_format: str = "auto",
     chats: bool = True,
+    thinking: bool = False,
 ) -> tuple[Model, Tokenizer]:
     """Load a base, with an adapter if there is one, and its tokenizer.
 
-    With "auto" the chat format is that of the adapter's training, or that of the base. Raises FileNotFoundError or
-    UserError, also for an unknown chat format, unless `chats` is False.
+    With "auto" the chat format is that of the adapter's training, or that of the base. `thinking` as in
+    `load_tokenizer`. Raises FileNotFoundError or UserError, also for an unknown chat format, unless `chats` is False.
     """
     if adapter and chat_format == "auto":
         chat_format = read_chat_format(adapter)
-    tokenizer = load_tokenizer(base, chat_format)
+    tokenizer = load_tokenizer(base, chat_format, thinking)
     check(not chats or tokenizer.format is not None, tokenizer.note)  # before gigabytes are read
     model = load_adapted_model(base, adapter, dtype, device) if adapter else load_model(base, dtype, device)
     check_vocabulary(base, model, tokenizer)

@@ -48,6 +48,8 @@ FAMILIES = {
     "qwen3": Family("Qwen3ForCausalLM", {"qk_norm": True}, QWEN_DEFAULTS | {"head_dim": 128}, QWEN_WINDOW),
     "baichuan": Family("BaiChuanForCausalLM", {}, {}, packed=True),
     "baichuan2": Family("BaichuanForCausalLM", {}, {}, packed=True, normalized_head=True),
+    "baichuan-13b": Family("BaichuanForCausalLM", {"alibi": True}, {}, packed=True),
+    "baichuan2-13b": Family("BaichuanForCausalLM", {"alibi": True}, {}, packed=True, normalized_head=True),
 }
 # Settings with a single supported value.
 FIXED = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "use_sliding_window": False}
@@ -86,19 +88,28 @@ def read_config(directory: Path) -> tuple[ModelConfig, Family]:
 def find_family(settings: dict[str, Any]) -> Family:
     """Return the family of a model_type and an architecture. Raises UserError."""
     kind = settings.get("model_type", "llama")
-    supported = [name for name in FAMILIES if name != "baichuan2"]
+    supported = [name for name in FAMILIES if name == "baichuan" or not name.startswith("baichuan")]
     check(kind in supported, f"model_type is {kind!r:.60}, supported are {', '.join(supported)}")
     classes = settings.get("architectures") or ([] if kind == "baichuan" else [FAMILIES[kind].architecture])
     if kind == "baichuan" and classes == [FAMILIES["baichuan2"].architecture]:
-        kind = "baichuan2"  # both versions have the same model_type and differ in the spelling of the class
+        kind = find_baichuan(settings)
     family = FAMILIES[kind]
     spellings = [[family.architecture]] + ([["LLaMAForCausalLM"]] if kind == "llama" else [])  # the second is older
     check(classes in spellings, f"architectures is {classes!r:.60}, supported for {kind} is {spellings[0]}")
     untied = not (family.normalized_head and settings.get("tie_word_embeddings"))
     check(untied, "tie_word_embeddings is True, supported is False with a normalized output layer")
-    rotary = settings.get("max_position_embeddings") is not None and settings.get("hidden_size") != 5120
-    check(rotary or not family.packed, "no max_position_embeddings: Baichuan-13B has ALiBi, not rotary positions")
+    wide = family.packed and not family.switches and settings.get("hidden_size") == 5120
+    check(not wide, "max_position_embeddings must be absent: Baichuan-13B has ALiBi, not rotary positions")
     return family
+
+
+def find_baichuan(settings: dict[str, Any]) -> str:
+    """Return the family of a BaichuanForCausalLM, the class of all but Baichuan-7B, whose name has a capital C."""
+    alibi = settings.get("max_position_embeddings") is None and settings.get("model_max_length") is not None
+    # The 13B models of both versions have the same keys. Version 2 has twice the vocabulary, and its own class also
+    # writes z_loss_weight.
+    second = not alibi or settings.get("vocab_size") == 125696 or "z_loss_weight" in settings
+    return ("baichuan2" if second else "baichuan") + ("-13b" if alibi else "")
 
 
 def fill_defaults(settings: dict[str, Any], family: Family) -> dict[str, Any]:
@@ -106,6 +117,9 @@ def fill_defaults(settings: dict[str, Any], family: Family) -> dict[str, Any]:
     heads, dim = settings.get("num_attention_heads"), settings.get("hidden_size")
     values = {**DEFAULTS, "num_key_value_heads": heads, **family.defaults}
     values |= {key: value for key, value in settings.items() if value is not None}
+    if family.packed:
+        length = settings.get("model_max_length" if family.switches.get("alibi") else "max_position_embeddings")
+        values["max_position_embeddings"] = length
     for key, value in {"num_key_value_heads": heads, "sliding_window": 0}.items():
         if settings.get(key, ...) is None or key in family.ignored:  # of these two, null is a value
             values[key] = value
@@ -162,11 +176,13 @@ def is_off(value: Any) -> bool:
 def config_settings(config: ModelConfig) -> dict[str, Any]:
     """Return the content of config.json for a model whose q, k and v are stored separately.
 
-    A Baichuan is then a Llama, and so is a Mistral without a window.
+    A Baichuan is then a Llama, and so is a Mistral without a window. Only a model with ALiBi is still a Baichuan,
+    with q, k and v in one matrix.
     """
-    kind = "qwen3" if config.qk_norm else "qwen2" if config.qkv_bias else "mistral" if config.window else "llama"
-    single = [config.qk_norm, config.qkv_bias, config.window > 0].count(True) <= 1
-    check(single, "no family has this combination of window, qkv_bias and qk_norm")
+    switches = {"qwen3": config.qk_norm, "qwen2": config.qkv_bias, "mistral": config.window > 0}
+    switches["baichuan-13b"] = config.alibi
+    kind, *others = [name for name, switch in switches.items() if switch] or ["llama"]
+    check(not others, "no family has this combination of window, qkv_bias, qk_norm and alibi")
     settings: dict[str, Any] = {key: getattr(config, field) for field, key in KEYS.items()}
     if not config.window:
         del settings["sliding_window"]
@@ -174,4 +190,7 @@ def config_settings(config: ModelConfig) -> dict[str, Any]:
         fields = ["factor"] if scaling.kind == "linear" else list(SCALING_KEYS)
         settings["rope_scaling"] = {"rope_type": scaling.kind}
         settings["rope_scaling"] |= {SCALING_KEYS[field]: getattr(scaling, field) for field in fields}
-    return {"architectures": [FAMILIES[kind].architecture], "model_type": kind, **FIXED, **settings}
+    if config.alibi:
+        settings["model_max_length"] = settings.pop("max_position_embeddings")
+    model_type = "baichuan" if config.alibi else kind
+    return {"architectures": [FAMILIES[kind].architecture], "model_type": model_type, **FIXED, **settings}

@@ -1,11 +1,13 @@
 """Checkpoints in the layout of Hugging Face, read and written strictly by tensor name.
 
-A directory contains `config.json` and `model.safetensors`, or shards that `model.safetensors.index.json` lists.
+A directory contains `config.json` and `model.safetensors` or `pytorch_model.bin`, or shards of either format that an
+index lists, `model.safetensors.index.json` or `pytorch_model.bin.index.json`.
 """
 
 import hashlib
 import os
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +20,8 @@ from minidoctor.checkpoints.families import Family, config_settings, read_config
 from minidoctor.config import AdapterConfig, UserError, check
 from minidoctor.files.hub_cache import find_partial_download, follow_snapshot
 from minidoctor.files.json_files import read_object, write_json
-from minidoctor.files.safetensors import CODES, Entry, read_header, read_tensors, write_tensors
+from minidoctor.files.pytorch_bin import read_entries
+from minidoctor.files.safetensors import CODES, Entry, read_tensors, write_tensors
 from minidoctor.model import Model, adapter_state, is_adapter_name
 
 
@@ -34,33 +37,47 @@ Layout = dict[str, dict[str, tuple[int, ...]]]
 # Parts that a wrapper of the saved model has added to the names.
 WRAPPERS = {"_orig_mod.": "torch.compile", "module.": "DistributedDataParallel or FSDP", "base_model.": "peft"}
 CHUNK = 2**22  # bytes that are compared at a time
+SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")  # in order of preference
 
 
 def checkpoint_files(directory: Path) -> list[Path]:
-    """Return the safetensors files of a directory. Raises FileNotFoundError or UserError.
+    """Return the safetensors files of a directory, or else its .bin files. Raises FileNotFoundError or UserError.
 
     A single file is preferred to an index, as in transformers: shards next to it are left from an earlier save.
     """
-    index, single = directory / "model.safetensors.index.json", directory / "model.safetensors"
-    if single.is_file() or (os.path.lexists(single) and not os.path.lexists(index)):
-        return [single]  # if it is a dangling symlink, reading reports it
-    if not os.path.lexists(index):
-        raise FileNotFoundError(f"{directory}: no {single.name} or {index.name} here{describe_weights(directory)}")
+    for name in SINGLE_FILES:
+        single, index = directory / name, directory / f"{name}.index.json"
+        if single.is_file() or (os.path.lexists(single) and not os.path.lexists(index)):
+            return [single]  # if it is a dangling symlink, reading reports it
+        if os.path.lexists(index):
+            return read_index(index, single.suffix)
+    expected = " or ".join(SINGLE_FILES)
+    raise FileNotFoundError(f"{directory}: no {expected}, or index of shards, here{describe_weights(directory)}")
+
+
+def read_index(index: Path, suffix: str) -> list[Path]:
     names: Any = read_object(index).get("weight_map")
     mapping = isinstance(names, dict) and len(names) > 0 and all(isinstance(name, str) for name in names.values())
     check(mapping, f"{index}: weight_map must map tensor names to files")
     for name in names.values():
-        local = Path(name).name == name and name.endswith(".safetensors")
-        check(local, f"{index}: {name!r:.60} is not a safetensors file of this directory")
-    return [directory / name for name in sorted(set(names.values()))]
+        local = Path(name).name == name and name.endswith(suffix)
+        check(local, f"{index}: {name!r:.60} is not a {suffix} file of this directory")
+    return [index.with_name(name) for name in sorted(set(names.values()))]
 
 
 def describe_weights(directory: Path) -> str:
-    """Return a hint about the weights of a directory without safetensors, or an empty string."""
+    """Return a hint about the weights of a directory without a supported file, or an empty string."""
     if partial := find_partial_download(directory):
         return f"; the download of {partial} was interrupted, run it again"
     files = sorted(path.name for path in directory.iterdir() if path.suffix in (".bin", ".pth", ".pt", ".gguf"))
-    return f", only {files[0]}: convert it to safetensors first (a pickled file can run code)" if files else ""
+    return f", only {files[0]}: convert it to safetensors first" if files else ""
+
+
+def note_unused(directory: Path, used: Path) -> None:
+    """Print that a directory has .bin files next to the safetensors that are used."""
+    unused = [path.name for path in sorted(directory.glob("*_model*.bin"))] if used.suffix == ".safetensors" else []
+    if unused:
+        print(f"note: {directory} has {used.name} and {unused[0]}; safetensors are used", file=sys.stderr)
 
 
 def check_unwrapped(file: Path, name: str) -> None:
@@ -72,7 +89,7 @@ def read_stored(directory: Path) -> dict[str, StoredTensor]:
     """Return the tensors of all files by name, from the headers only. Raises FileNotFoundError or UserError."""
     stored: dict[str, StoredTensor] = {}
     for file in checkpoint_files(directory):
-        for name, entry in read_header(file)[0].items():
+        for name, entry in read_entries(file).items():
             check_unwrapped(file, name)
             if name in stored:
                 raise UserError(f"{file}: {name} is also in {stored[name].file.name}")
@@ -95,6 +112,7 @@ def load_model(
     directory = follow_snapshot(directory)
     config, family = read_config(directory)
     stored = read_stored(directory)
+    note_unused(directory, checkpoint_files(directory)[0])
     head, embedding = stored.get("lm_head.weight"), stored.get("model.embed_tokens.weight")
     if config.tied and head and embedding and not equal_content(head, embedding):
         config = replace(config, tied=False)  # as in transformers 5
@@ -111,7 +129,8 @@ def load_model(
         del layout["lm_head.weight"]
     loaded: dict[str, Tensor] = {}
     for file in {tensor.file: None for tensor in stored.values()}:
-        for name, tensor in read_tensors(file, dtype, device, layout):
+        entries = {name: tensor.entry for name, tensor in stored.items() if tensor.file == file}
+        for name, tensor in read_tensors(file, dtype, device, layout, entries):
             loaded |= zip(layout[name], tensor.split([shape[0] for shape in layout[name].values()]), strict=True)
     if family.normalized_head:
         for rows in loaded["lm_head.weight"].split(256):  # at once they would need copies in float32
@@ -161,12 +180,17 @@ def check_names(directory: Path, stored: dict[str, StoredTensor], layout: Layout
 def save_model(model: Model, directory: str | Path, dtype: torch.dtype = torch.bfloat16, **extra: Any) -> None:
     """Write config.json, with the `extra` keys, and model.safetensors, without experts.
 
-    A Baichuan becomes a Llama: its q, k and v are written separately. Raises UserError as `check_finite`.
+    A Baichuan with rotary positions becomes a Llama: its q, k and v are written separately. Raises UserError as
+    `check_finite`.
     """
     directory, config = Path(directory), model.config
     state = {name: tensor.to(dtype) for name, tensor in model.state_dict().items() if not is_adapter_name(name)}
     if config.tied:
         del state["lm_head.weight"]
+    if config.alibi:  # Baichuan-13B
+        for name in [name for name in state if "q_proj" in name]:
+            parts = [state.pop(name.replace("q_proj", part)) for part in ("q_proj", "k_proj", "v_proj")]
+            state[name.replace("q_proj", "W_pack")] = torch.cat(parts)
     settings = config_settings(config) | {"torch_dtype": str(dtype).removeprefix("torch.")}
     check_finite(state, directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -182,7 +206,7 @@ def checkpoint_hash(directory: str | Path) -> str:
     """
     digest = hashlib.sha256()
     for path in checkpoint_files(follow_snapshot(directory)):
-        entries, _ = read_header(path)
+        entries = read_entries(path)
         with path.open("rb") as file:
             for name, entry in sorted(entries.items()):
                 digest.update(f"{name} {entry.dtype} {entry.shape}\n".encode())

@@ -2,6 +2,7 @@
 
     adapter_config.json          rank, alpha and the adapted layers
     adapter_model.safetensors    base_model.model.<name>.lora_A.weight (R, D_in), ...lora_B.weight (D_out, R)
+    adapter_model.bin            the same as a file of torch.save, which is read and not written
 
 An adapter with one expert consists of the same matrices under shorter names. A mixture has no such layout: the gate
 of an expert depends on the token, so neither `peft` nor a merged weight can represent it.
@@ -16,12 +17,12 @@ from typing import Any
 
 from torch import Tensor
 
-from minidoctor.checkpoints.hugging_face import check_finite, checkpoint_hash, describe_weights
+from minidoctor.checkpoints.hugging_face import check_finite, checkpoint_hash, describe_weights, note_unused
 from minidoctor.config import TARGETS, AdapterConfig, UserError, check
 from minidoctor.files.json_files import read_object, write_json
 from minidoctor.files.safetensors import read_header, write_tensors
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 SUPPORTED = {
     "peft_type": ("LORA",),
     "bias": ("none",),
@@ -71,9 +72,15 @@ def read_peft_config(directory: Path) -> AdapterConfig:
 
 def read_metadata(directory: Path) -> dict[str, str]:
     """Return the metadata of the weights, which `peft` ignores. Raises FileNotFoundError or UserError."""
-    if not os.path.lexists(directory / WEIGHTS):
-        raise FileNotFoundError(f"{directory}: no {WEIGHTS} here{describe_weights(directory)}")
-    return read_header(directory / WEIGHTS)[1]
+    path = weights_file(directory)
+    return {} if path.name == PICKLED else read_header(path)[1]
+
+
+def weights_file(directory: Path) -> Path:
+    for path in (directory / WEIGHTS, directory / PICKLED):
+        if os.path.lexists(path):
+            return path
+    raise FileNotFoundError(f"{directory}: no {WEIGHTS} or {PICKLED} here{describe_weights(directory)}")
 
 
 def check_base(directory: Path, base: Path) -> None:
@@ -82,6 +89,7 @@ def check_base(directory: Path, base: Path) -> None:
     An adapter of `peft` only has the name or the path of its base. If that differs, a note is printed.
     """
     metadata, name = read_metadata(directory), read_object(directory / CONFIG).get("base_model_name_or_path")
+    note_unused(directory, weights_file(directory))
     if trained_on := metadata.get("base_checkpoint_hash", metadata.get("base_fingerprint")):
         same = trained_on == checkpoint_hash(base)
         check(same, f"{directory / WEIGHTS}: the adapter was trained on another model than {base}")

@@ -9,6 +9,7 @@ MODEL_FLAGS = {
     "base": ("data/base", "checkpoint directory of the base model"),
     "adapter": (None, "adapter directory written by train.py"),
     "chat_format": ("auto", "chat format; auto: the format that the checkpoint was trained in"),
+    "thinking": (False, "let a reasoning model reason before it answers"),
     "device": ("auto", "auto, cpu, cuda or mps"),
     "dtype": ("auto", "dtype of the base model: auto (bfloat16 on a GPU that has it), float32 or bfloat16"),
 }
@@ -18,8 +19,12 @@ def add_model_flags(parser: argparse.ArgumentParser, *names: str) -> None:
     """Add the flags of these names, such as "chat_format", or all of MODEL_FLAGS."""
     for name in names or MODEL_FLAGS:
         default, text = MODEL_FLAGS[name]
-        text += f" (default {default or 'none'})"
-        parser.add_argument("--" + name.replace("_", "-"), default=default, help=text, metavar=name.upper())
+        flag = "--" + name.replace("_", "-")
+        if default is False:
+            parser.add_argument(flag, action="store_true", help=text)
+        else:
+            text += f" (default {default or 'none'})"
+            parser.add_argument(flag, default=default, help=text, metavar=name.upper())
 
 
 def add_flags(parser: argparse.ArgumentParser, config: type) -> None:

@@ -82,13 +82,15 @@ def read_tensors(
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
     names: Container[str] | None = None,
+    entries: Mapping[str, Entry] | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield all tensors, or those of `names`, one at a time, floating-point ones converted to `dtype`.
 
-    The file is read in chunks, not memory-mapped: mapped pages also count as used memory, and if a mapped file
-    shrinks, the process is killed. Raises as `read_header`.
+    `entries` are those of a file in another format (pytorch_bin.py). The file is read in chunks, not memory-mapped:
+    mapped pages also count as used memory, and if a mapped file shrinks, the process is killed. Raises as
+    `read_header`.
     """
-    entries, _ = read_header(path)
+    entries = read_header(path)[0] if entries is None else entries
     buffer = torch.empty(0)  # one for all tensors, because many would fragment the memory
     with path.open("rb") as file:
         for name, entry in entries.items():

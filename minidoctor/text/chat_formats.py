@@ -32,8 +32,11 @@ class ChatFormat(NamedTuple):
     system_in_user: str = ""  # "first" or "last": the user message that includes the system message
     strip: bool = False  # messages lose the white space around them
     needs: tuple[str, ...] = ()  # special tokens without which the markup would be plain text
+    max_new_tokens: int = 64  # default for an answer to an exam question; of a reasoning model REASONING_TOKENS
 
 
+REASONING_TOKENS = 2048  # as in the README of HuatuoGPT-o1
+NO_THINKING = "<think>\n\n</think>\n\n"  # an empty chain of thought, which turns thinking off
 CHATML = ChatFormat(
     system="<|im_start|>system\n{}<|im_end|>\n", user="<|im_start|>user\n{}<|im_end|>\n", start="",
     generation_prompt="<|im_start|>assistant\n", end="<|im_end|>", after="\n", needs=("<|im_start|>", "<|im_end|>"),
@@ -54,9 +57,9 @@ CHAT_FORMATS = {
     ),
     "plain": ChatFormat(system="{}\n", user="{}\n", generation_prompt=""),  # for a base trained on no conversation
     "chatml": CHATML,
-    # With thinking turned off, the last answer follows an empty thinking block.
+    # Without --thinking, the last answer follows an empty chain of thought.
     "qwen3": CHATML._replace(
-        generation_prompt=CHATML.generation_prompt + "<think>\n\n</think>\n\n",
+        generation_prompt=CHATML.generation_prompt + NO_THINKING,
         past_prompt=CHATML.generation_prompt, needs=(*CHATML.needs, "<think>", "</think>"),
     ),
     "llama2": ChatFormat(
@@ -78,6 +81,12 @@ CHAT_FORMATS = {
         system="{}", user="{user}{}", generation_prompt="{assistant}", past_end="", start="",
         needs=("{user}", "{assistant}"),
     ),
+    # HuatuoGPT-7B: https://github.com/FreedomIntelligence/HuatuoGPT, huatuo_cli_demo_stream.py
+    "huatuo-v1": ChatFormat(
+        system="{}", user="<病人>：{} ", generation_prompt="<HuatuoGPT>：", start="",
+        default_system="一位用户和智能医疗大模型HuatuoGPT之间的对话。对于用户的医疗问诊，HuatuoGPT给出准确的、详细的、温暖的"
+        "指导建议。对于用户的指令问题，HuatuoGPT给出有益的、详细的、有礼貌的回答。",
+    ),
     # HuatuoGPT-II, which has no chat_template: https://github.com/FreedomIntelligence/HuatuoGPT-II, cli_demo.py
     "huatuo": ChatFormat(
         system="{}\n", user="<问>：{}\n", generation_prompt="<答>：", past_end="", after="\n", start=""
@@ -85,6 +94,10 @@ CHAT_FORMATS = {
     "zephyr": ChatFormat(
         system="<|system|>\n{}{eos}\n", user="<|user|>\n{}{eos}\n", generation_prompt="<|assistant|>\n",
         after="\n", start="",
+    ),
+    "deepseek-r1": ChatFormat(
+        system="{}", user="<｜User｜>{}", generation_prompt="<｜Assistant｜>", past_prompt="<｜Assistant｜>",
+        needs=("<｜User｜>", "<｜Assistant｜>"), max_new_tokens=REASONING_TOKENS,
     ),
 }  # fmt: skip
 
@@ -97,13 +110,12 @@ class Segment(NamedTuple):
 
 def recognize(template: str, special_tokens: Collection[str]) -> tuple[str, str] | None:
     """Return the name of a checkpoint's chat format and the reason, or None for a format that is not in the table."""
-    if re.search(r"assistant(\\n|\n)<think>", template):
-        return None  # a reasoning model that always thinks before it answers
     marks = (  # the most specific first
         ("<|start_header_id|>", "Cutting Knowledge Date", "llama3.1"),
         ("<|start_header_id|>", "", "llama3"),
         ("<|im_start|>", "enable_thinking", "qwen3"),
         ("<|im_start|>", "", "chatml"),
+        ("<｜User｜>", "<｜Assistant｜>", "deepseek-r1"),
         ("<<SYS>>", "[INST]", "llama2"),
         ("[INST] ", " [/INST]", "mistral" if " [INST]" in template else "mistral-v1"),
         ("[INST] ", "[/INST]", "mistral-v3"),
@@ -121,8 +133,20 @@ def recognize(template: str, special_tokens: Collection[str]) -> tuple[str, str]
     return "plain", "it has no chat_template"
 
 
-def adapt(format: ChatFormat, template: str) -> ChatFormat:
-    """Return a ChatML format with the default system message and the start token of a checkpoint's template."""
+def adapt(format: ChatFormat, template: str, thinking: bool = False) -> ChatFormat:
+    """Return a format as a checkpoint's template varies it.
+
+    In ChatML, the default system message and the start token vary. The assistant's turn of a model that always reasons
+    opens with <think>. With `thinking`, no empty chain of thought is put there.
+    """
+    prompt = format.past_prompt or format.generation_prompt
+    opening = re.search(re.escape(prompt.rstrip()) + r"((?:\\n|\n)*<think>(?:\\n|\n)?)", template)
+    if prompt and opening:
+        opened = prompt.rstrip() + opening[1].replace("\\n", "\n")
+        format = format._replace(generation_prompt=opened, past_prompt=prompt, max_new_tokens=REASONING_TOKENS)
+    elif thinking:
+        prompt = format.generation_prompt.removesuffix(NO_THINKING)
+        format = format._replace(generation_prompt=prompt, max_new_tokens=REASONING_TOKENS)
     if not format.generation_prompt.startswith("<|im_start|>"):
         return format
     system = re.search(r"<\|im_start\|>system(?:\\n|\n)([^<>{}'\"]+)<\|im_end\|>", template)
@@ -163,6 +187,8 @@ def render(messages: list[dict[str, str]], format: ChatFormat, special_tokens: I
         content = message["content"].strip() if format.strip else message["content"]
         if message["role"] == "assistant":
             past = i < users[-1]
+            if past and format.past_prompt:  # the templates of reasoning models; only DeepSeek's keep the newlines
+                content = content.rpartition("</think>")[2].lstrip("\n" if format.end == "<|im_end|>" else "")
             write(format.past_prompt if past and format.past_prompt is not None else format.generation_prompt)
             write(format.answer, content, assistant=True)
             write(format.past_end if past and format.past_end is not None else format.end, assistant=True)

@@ -7,6 +7,7 @@
 
 import re
 
+TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 MARKER = re.compile(r"(?P<begin><think(?:ing)?>|\A\s*#+ *Thinking\b)|</think(?:ing)?>|^#+ *Final Response\b:?", re.M)
 ANSWER = re.compile(r"<answer>(.*?)(?:</answer>|\Z)", re.DOTALL)
 

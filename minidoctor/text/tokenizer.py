@@ -18,6 +18,7 @@ from minidoctor.files.hub_cache import follow_snapshot
 from minidoctor.files.json_files import read_object, read_text
 from minidoctor.text.backends import INSIDE, SECTION, START, AddedToken, Backend, load_backend
 from minidoctor.text.chat_formats import CHAT_FORMATS, ChatFormat, adapt, recognize, render
+from minidoctor.text.reasoning import TAGS
 
 SETTINGS = ("config.json", "generation_config.json", "special_tokens_map.json", "tokenizer_config.json")
 
@@ -43,7 +44,9 @@ class Tokenizer:
         names = {i: name for name, i in reversed(special_tokens.items()) if i != backend.unk_id}
         self.names = {i: backend.decode([i]) or name for i, name in names.items()}
         self.displayed = {i: name for name, i in backend.words.items()}
-        self.displayed |= {t.id: self.names[t.id] for t in backend.added if t.special and t.displayed}
+        displayed = [token for token in backend.added if token.displayed or token.content in TAGS]
+        self.displayed |= {token.id: self.names[token.id] for token in displayed if token.special}
+        self.opens_reasoning = format is not None and format.generation_prompt.rstrip().endswith("<think>")
         self.byte_ids = {backend.token_to_id(f"<0x{byte:02X}>") for byte in range(256)}
         # Ids that only end an answer need no row in the model: it can never generate them.
         markup = "".join(part for part in format or () if isinstance(part, str))
@@ -100,10 +103,10 @@ def encode_conversation(messages: list[dict[str, str]], tokenizer: Tokenizer, ma
     return Example(tokens[:-1][:max_seq_len], targets[1:][:max_seq_len])
 
 
-def load_tokenizer(directory: str | Path, chat_format: str = "auto") -> Tokenizer:
+def load_tokenizer(directory: str | Path, chat_format: str = "auto", thinking: bool = False) -> Tokenizer:
     """Load a checkpoint's tokenizer, with a format of CHAT_FORMATS or "auto" for the one it was trained in.
 
-    Raises FileNotFoundError or UserError.
+    With `thinking`, the model may reason before it answers. Raises FileNotFoundError or UserError.
     """
     directory = follow_snapshot(directory)
     formats = ["auto", *CHAT_FORMATS]
@@ -114,7 +117,8 @@ def load_tokenizer(directory: str | Path, chat_format: str = "auto") -> Tokenize
         special_tokens, eos_ids = special_token_ids(backend, settings, directory)
         starts = settings.get("add_bos_token", backend.starts_with_bos)
         start = [special_tokens["{bos}"]] if starts and "{bos}" in special_tokens else []
-        name, format, reason = choose_format(chat_format, settings["chat_template"], special_tokens, directory)
+        template = settings["chat_template"]
+        name, format, reason = choose_format(chat_format, template, thinking, special_tokens, directory)
     except (KeyError, TypeError, AttributeError, IndexError) as error:  # JSON of an unexpected structure
         raise UserError(f"{directory}: unexpected tokenizer settings ({error!r:.80})") from error
     if format and name == "plain" and not start:  # as any other text of this checkpoint
@@ -197,7 +201,7 @@ def configured_scheme(settings: dict[str, Any]) -> str | None:
 
 
 def choose_format(
-    chat_format: str, template: str, special_tokens: dict[str, int], directory: Path
+    chat_format: str, template: str, thinking: bool, special_tokens: dict[str, int], directory: Path
 ) -> tuple[str | None, ChatFormat | None, str]:
     """Return the name of the chat format, the format, and the reason. The first two are None if it is unknown."""
     chosen = (chat_format, "as chosen") if chat_format != "auto" else recognize(template, special_tokens)
@@ -205,9 +209,9 @@ def choose_format(
         formats = ", ".join(CHAT_FORMATS)
         return None, None, f"{directory}: its chat_template is none of {formats}; choose one with --chat-format"
     name, reason = chosen
-    format = adapt(CHAT_FORMATS[name], template)
+    format = adapt(CHAT_FORMATS[name], template, thinking)
     if missing := [token for token in format.needs if token not in special_tokens]:
         message = f"{directory}: chat format {name} ({reason}) needs the token {missing[0]}, which the vocabulary lacks"
         check(chat_format == "auto", message)
         return None, None, f"{message}; choose another with --chat-format"
-    return name, format, f"chat format {name} ({reason})"
+    return name, format, f"chat format {name}{', thinking' if thinking else ''} ({reason})"

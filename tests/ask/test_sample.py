@@ -51,6 +51,14 @@ def test_raw_continues_a_text_without_a_chat_format(ask, base_dir, model, tokeni
         assert out == printable(expected) + "\n"
 
 
+def test_reasoning_models_have_a_higher_default_limit_of_tokens(monkeypatch, ask, base_dir):
+    limits = []
+    monkeypatch.setattr(sample, "reply", lambda model, tokenizer, messages, config, _: limits.append(config) or "")
+    for words in ([], ["--thinking"], ["--thinking", "--max-new-tokens", 7]):
+        ask("gout?", "--base", base_dir, *words)
+    assert [config.max_new_tokens for config in limits] == [SampleConfig.max_new_tokens, 2048, 7]
+
+
 def test_compile_compiles_the_model_before_it_answers(ask, base_dir, answer, monkeypatch):
     compiled = []
     monkeypatch.setattr(sample, "compile_blocks", compiled.append)

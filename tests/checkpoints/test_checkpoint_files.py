@@ -1,11 +1,12 @@
 """The files of a checkpoint directory: single file or shards, links, downloads, and names of wrapped models."""
 
 import json
+import re
 import shutil
 
 import pytest
 import torch
-from tiny_checkpoints import change_tensors, write_shards
+from tiny_checkpoints import ABSENT, change_json, change_tensors, write_bin, write_checkpoint, write_shards
 
 from minidoctor.checkpoints.families import read_model_config
 from minidoctor.checkpoints.hugging_face import checkpoint_hash, load_model
@@ -67,6 +68,90 @@ def test_shards_are_used_next_to_a_single_file_that_is_a_dangling_symlink(base_d
         load_model(base_copy)
 
 
+PICKLED = "pytorch_model.bin"
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bin_checkpoint_loads_as_safetensors_do(base_dir, base_copy, sharded, dtype):
+    (write_shards(base_copy, single=PICKLED) if sharded else write_bin(base_copy))
+    assert not list(base_copy.glob("*.safetensors"))
+    expected, state = load_model(base_dir, dtype).state_dict(), load_model(base_copy, dtype).state_dict()
+    assert set(state) == set(expected)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in state.items())
+
+
+def test_checkpoint_hash_is_that_of_the_tensors_in_either_format(base_dir, base_copy):
+    tensors = write_bin(base_copy)
+    assert checkpoint_hash(base_copy) == checkpoint_hash(base_dir)
+    tensors["model.norm.weight"][-1] += 1
+    torch.save(tensors, base_copy / PICKLED)
+    assert checkpoint_hash(base_copy) != checkpoint_hash(base_dir)
+
+
+@pytest.mark.parametrize("pickled", ["single", "sharded"])
+def test_safetensors_are_preferred_to_bin_files_with_a_note(capsys, base_dir, base_copy, pickled):
+    load_model(base_copy)
+    assert capsys.readouterr().err == ""
+    change_tensors(base_copy / WEIGHTS, model__norm__weight=torch.full((32,), 2.0))
+    (write_bin(base_copy) if pickled == "single" else write_shards(base_copy, single=PICKLED))
+    changed = load_model(base_copy).state_dict()
+    assert capsys.readouterr().err == ""
+    shutil.copy(base_dir / WEIGHTS, base_copy)
+    assert_loads(base_copy, load_model(base_dir).state_dict())
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert re.fullmatch(rf"note: {base_copy} has model\.safetensors and pytorch_model\S*\.bin; .*\n", err)
+    assert not torch.equal(changed["model.norm.weight"], load_model(base_dir).state_dict()["model.norm.weight"])
+    write_shards(base_copy)
+    assert_loads(base_copy, load_model(base_dir).state_dict())
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "message"),
+    [
+        ("model.norm.weight", ABSENT, r"missing: model\.norm\.weight"),
+        ("extra", torch.zeros(2), "unexpected: extra"),
+        ("model.norm.weight", torch.zeros(31), r"model\.norm\.weight .*\(31,\).*\(32,\)"),
+        ("model.norm.weight", torch.zeros(32, dtype=torch.int64), r"model\.norm\.weight .*I64"),
+        ("_orig_mod.model.norm.weight", torch.zeros(32), r"torch\.compile"),
+    ],
+    ids=["missing", "unexpected", "shape", "dtype", "wrapped"],
+)
+def test_unsuitable_tensor_of_a_bin_file_is_named(base_copy, name, tensor, message):
+    tensors = write_bin(base_copy) | {name: tensor}
+    torch.save({key: value for key, value in tensors.items() if value is not ABSENT}, base_copy / PICKLED)
+    with pytest.raises(ValueError, match=message):
+        load_model(base_copy)
+
+
+def test_bin_file_in_two_shards_or_with_another_output_layer_is_treated_as_safetensors_are(base_copy, tmp_path):
+    tensors = write_checkpoint(tmp_path / "tied", "llama", vocab_size=50)
+    change_json(tmp_path / "tied" / "config.json", tie_word_embeddings=True)
+    write_bin(tmp_path / "tied")
+    model = load_model(tmp_path / "tied")
+    assert torch.equal(model.lm_head.weight, tensors["lm_head.weight"])
+    assert torch.equal(model.model.embed_tokens.weight, tensors["model.embed_tokens.weight"])
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]  # saved once, as torch.save does for a tied model
+    torch.save(tensors, tmp_path / "tied" / PICKLED)
+    assert load_model(tmp_path / "tied").config.tied
+    weight_map = write_shards(base_copy, single=PICKLED)
+    torch.save({name: torch.zeros(2) for name in weight_map}, base_copy / "pytorch_model-1.bin")
+    with pytest.raises(ValueError, match=r"pytorch_model-\d\.bin: .* is also in pytorch_model-\d\.bin"):
+        load_model(base_copy)
+
+
+@pytest.mark.parametrize("name", ["pytorch_model-1.bin", f"{PICKLED}.index.json"])
+def test_missing_bin_shard_and_foreign_name_in_its_index_are_named(base_copy, name):
+    write_shards(base_copy, single=PICKLED)
+    if name.endswith("json"):
+        (base_copy / name).write_text('{"weight_map": {"a": "model-1.safetensors"}}')
+    else:
+        (base_copy / name).unlink()
+    with pytest.raises((ValueError, FileNotFoundError), match=re.escape(name)):
+        load_model(base_copy)
+
+
 @pytest.mark.parametrize("file", ["config.json", INDEX, "model-1.safetensors"])
 def test_dangling_symlink_instead_of_any_file_is_named(base_copy, file):
     write_shards(base_copy)
@@ -78,7 +163,7 @@ def test_dangling_symlink_instead_of_any_file_is_named(base_copy, file):
 
 def test_interrupted_download_is_reported(base_copy):
     (base_copy / WEIGHTS).unlink()
-    (base_copy / "pytorch_model.bin").touch()
+    (base_copy / "model.pth").touch()
     (base_copy / ".cache" / "huggingface" / "download").mkdir(parents=True)
     (base_copy / ".cache" / "huggingface" / "download" / "0a1b.incomplete").touch()
     with pytest.raises(FileNotFoundError, match=r"model\.safetensors.* 0a1b\.incomplete"):
@@ -154,7 +239,7 @@ def test_git_lfs_pointer_instead_of_any_file_is_named(base_dir, base_copy):
         load_model(directory)
 
 
-@pytest.mark.parametrize("name", ["pytorch_model.bin", "model-q4_k_m.gguf", "consolidated.00.pth", "model.pt"])
+@pytest.mark.parametrize("name", ["other.bin", "model-q4_k_m.gguf", "consolidated.00.pth", "model.pt"])
 def test_directory_with_other_weights_only_is_rejected_by_their_name(tmp_path, base_dir, name):
     shutil.copy(base_dir / "config.json", tmp_path)
     (tmp_path / name).write_bytes(b"weights")
@@ -165,5 +250,5 @@ def test_directory_with_other_weights_only_is_rejected_by_their_name(tmp_path, b
 def test_shards_without_index_are_rejected(base_copy):
     write_shards(base_copy)
     (base_copy / INDEX).unlink()
-    with pytest.raises(FileNotFoundError, match=r"model\.safetensors\.index\.json"):
+    with pytest.raises(FileNotFoundError, match=r"model\.safetensors.* index of shards"):
         load_model(base_copy)

@@ -23,11 +23,12 @@ def read(tmp_path):
 
 
 def published(kind, layers, dim, ffn, heads, vocab, length, **changes):
-    """Return settings with the keys of a published config.json."""
+    """Return settings with the keys of a published config.json. With length None, `changes` has another one."""
     settings = config_json(kind, num_key_value_heads=ABSENT, sliding_window=ABSENT, tie_word_embeddings=ABSENT)
     settings |= {"hidden_act": "silu", "vocab_size": vocab, "num_hidden_layers": layers, "hidden_size": dim}
     settings |= {"intermediate_size": ffn, "num_attention_heads": heads, "max_position_embeddings": length}
-    return settings | {"use_cache": True} | changes
+    settings |= {"use_cache": True} | changes
+    return {key: value for key, value in settings.items() if value is not ABSENT}
 
 
 LLAMA3 = {"factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
@@ -82,6 +83,16 @@ CHECKPOINTS = {
         | {"model_max_length": 4096, "_from_model_config": True, "tokenizer_class": "BaichuanTokenizer"},
         ModelConfig(125696, 4096, 32, 32, 32, 128, 11008, 4096, 1e-6, 1e4, tied=False),
     ),
+    "Baichuan-13B-Chat": (
+        published("baichuan-13b", 40, 5120, 13696, 40, 64000, ABSENT, rms_norm_eps=1e-6, tie_word_embeddings=False)
+        | {"model_max_length": 4096, "_from_model_config": True, "gradient_checkpointing": False, "pad_token_id": 0},
+        ModelConfig(64000, 5120, 40, 40, 40, 128, 13696, 4096, 1e-6, 1e4, tied=False, alibi=True),
+    ),
+    "Baichuan2-13B-Chat": (
+        published("baichuan-13b", 40, 5120, 13696, 40, 125696, ABSENT, rms_norm_eps=1e-6, tie_word_embeddings=False)
+        | {"model_max_length": 4096, "_from_model_config": True, "tokenizer_class": "BaichuanTokenizer"},
+        ModelConfig(125696, 5120, 40, 40, 40, 128, 13696, 4096, 1e-6, 1e4, tied=False, alibi=True),
+    ),
 }
 
 
@@ -106,19 +117,42 @@ def test_written_settings_of_every_switch_and_scaling_read_back_equal(read, scal
 
 
 @pytest.mark.parametrize(
-    "switches", [{"window": 4, "qkv_bias": True}, {"window": 4, "qk_norm": True}, {"qk_norm": True, "qkv_bias": True}]
+    "switches",
+    [
+        {"window": 4, "qkv_bias": True},
+        {"window": 4, "qk_norm": True},
+        {"qk_norm": True, "qkv_bias": True},
+        {"alibi": True, "window": 4},
+        {"alibi": True, "qkv_bias": True},
+    ],
 )
 def test_config_settings_rejects_switches_that_no_family_combines(switches):
-    with pytest.raises(ValueError, match="window, qkv_bias and qk_norm"):
+    with pytest.raises(ValueError, match="window, qkv_bias, qk_norm and alibi"):
         config_settings(replace(PLAIN, **switches))
 
 
-def test_spelling_of_architecture_distinguishes_the_two_baichuan(tmp_path):
-    for kind, normalized in (("baichuan", False), ("baichuan2", True)):
-        (tmp_path / "config.json").write_text(json.dumps(config_json(kind)))
-        config, family = read_config(tmp_path)
-        assert config == PLAIN
-        assert (family.packed, family.normalized_head) == (True, normalized)
+@pytest.mark.parametrize(
+    ("kind", "changes", "alibi", "normalized"),
+    [
+        ("baichuan", {}, False, False),
+        ("baichuan2", {}, False, True),
+        ("baichuan2", {"model_max_length": 4096}, False, True),  # the 7B models have both lengths
+        ("baichuan2", {"vocab_size": 64000}, False, True),
+        ("baichuan-13b", {}, True, False),
+        ("baichuan-13b", {"max_position_embeddings": None}, True, False),
+        ("baichuan-13b", {"vocab_size": 64000}, True, False),
+        ("baichuan-13b", {"vocab_size": 125696}, True, True),
+        ("baichuan2-13b", {}, True, True),
+    ],
+)
+def test_architecture_length_and_vocabulary_distinguish_the_four_baichuan(tmp_path, kind, changes, alibi, normalized):
+    (tmp_path / "config.json").write_text(json.dumps(config_json(kind, **changes)))
+    config, family = read_config(tmp_path)
+    assert config == replace(PLAIN, alibi=alibi, vocab_size=changes.get("vocab_size", 60))
+    assert (family.packed, family.normalized_head) == (True, normalized)
+
+
+def test_only_baichuan_is_stored_packed_or_normalized(tmp_path):
     for kind in ("llama", "mistral", "qwen2", "qwen3"):
         (tmp_path / "config.json").write_text(json.dumps(config_json(kind)))
         family = read_config(tmp_path)[1]
@@ -139,18 +173,17 @@ def test_tied_normalized_head_is_rejected(read):
 
 
 @pytest.mark.parametrize("vocab", [64000, 125696])
-@pytest.mark.parametrize("length", ["model_max_length", "max_position_embeddings"])
-def test_baichuan_13b_is_rejected_for_its_alibi_positions(read, vocab, length):
-    settings = published("baichuan2", 40, 5120, 13696, 40, vocab, 4096)
-    del settings["max_position_embeddings"]
-    with pytest.raises(ValueError, match=r"13B.*ALiBi"):
-        read(settings | {length: 4096})
+def test_baichuan_13b_with_the_length_of_rotary_positions_is_rejected(read, vocab):
+    with pytest.raises(ValueError, match=r"max_position_embeddings.*13B.*ALiBi"):
+        read(published("baichuan2", 40, 5120, 13696, 40, vocab, 4096))
 
 
-def test_small_baichuan_without_max_position_embeddings_is_rejected(read):
+def test_baichuan_without_a_length_is_rejected(read):
     for length in (ABSENT, None):
         with pytest.raises(ValueError, match="no max_position_embeddings"):
             read(config_json("baichuan", max_position_embeddings=length, model_max_length=128))
+        with pytest.raises(ValueError, match="no max_position_embeddings"):
+            read(config_json("baichuan2-13b", model_max_length=length))
 
 
 # Expected with 64 heads and no other key: the defaults of the config classes in transformers 5.23.
@@ -333,7 +366,8 @@ HARMLESS = {
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_keys_without_effect_are_accepted(read, kind):
-    assert read(config_json(kind, **HARMLESS)) == read(config_json(kind))
+    harmless = HARMLESS | ({"model_max_length": 128} if "13b" in kind else {})
+    assert read(config_json(kind, **harmless)) == read(config_json(kind))
 
 
 @pytest.mark.parametrize("key", KEYS.values())

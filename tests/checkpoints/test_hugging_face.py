@@ -168,7 +168,7 @@ def test_every_tensor_of_a_family_loads_under_its_name(tmp_path, kind, stored, d
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("stored", DTYPES)
-@pytest.mark.parametrize("kind", ["baichuan", "baichuan2"])
+@pytest.mark.parametrize("kind", ["baichuan", "baichuan2", "baichuan-13b", "baichuan2-13b"])
 def test_w_pack_contains_queries_then_keys_then_values(tmp_path, kind, stored, dtype):
     tensors = write_checkpoint(tmp_path, kind, stored, num_hidden_layers=2, num_key_value_heads=4)
     state = load_model(tmp_path, dtype).state_dict()
@@ -193,14 +193,14 @@ def test_rows_of_w_pack_follow_the_heads_of_the_config(tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_only_baichuan2_has_output_rows_of_length_1(tmp_path, dtype):
-    for kind in ("baichuan", "baichuan2"):
+    for kind in ("baichuan", "baichuan2", "baichuan-13b", "baichuan2-13b"):
         stored = write_checkpoint(tmp_path / kind, kind, vocab_size=50)["lm_head.weight"]
         stored[:10] *= 1000
         stored[7] = 0
         change_tensors(tmp_path / kind / WEIGHTS, lm_head__weight=stored)
         head = load_model(tmp_path / kind, dtype).lm_head.weight
         assert head.dtype == dtype
-        if kind == "baichuan":
+        if "2" not in kind:
             assert torch.equal(head, stored.to(dtype))
         else:
             expected = [[x / max(sum(y * y for y in row) ** 0.5, 1e-12) for x in row] for row in stored.tolist()]
@@ -222,6 +222,21 @@ def test_saved_baichuan_is_a_llama_that_computes_the_same(tmp_path, kind):
     assert_loads(tmp_path / "second", model.state_dict())
     tokens = torch.randint(0, 6, (2, 7))
     assert torch.equal(load_model(tmp_path / "second")(tokens)[0], model(tokens)[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["baichuan-13b", "baichuan2-13b"])
+def test_saved_baichuan_13b_is_a_baichuan_that_computes_the_same(tmp_path, kind, dtype):
+    stored = write_checkpoint(tmp_path / "first", kind, num_key_value_heads=4, num_hidden_layers=2)
+    model, tokens = load_model(tmp_path / "first", dtype), torch.randint(0, 6, (2, 7))
+    save_model(model, tmp_path / "second", dtype)
+    settings = json.loads((tmp_path / "second" / "config.json").read_text())
+    assert (settings["model_type"], settings["architectures"]) == ("baichuan", ["BaichuanForCausalLM"])
+    assert "max_position_embeddings" not in settings
+    assert set(dict(read_tensors(tmp_path / "second" / WEIGHTS))) == set(stored)
+    assert load_model(tmp_path / "second", dtype).config == model.config
+    assert_loads(tmp_path / "second", {name: tensor.float() for name, tensor in model.state_dict().items()})
+    assert torch.equal(load_model(tmp_path / "second", dtype)(tokens)[0], model(tokens)[0])
 
 
 @pytest.mark.parametrize(

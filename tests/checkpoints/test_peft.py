@@ -1,4 +1,5 @@
 import json
+import os
 import random
 import shutil
 from dataclasses import replace
@@ -10,7 +11,7 @@ from torch import nn
 
 from minidoctor.checkpoints.adapters import ADAPTER, load, load_adapted_model, save_adapter_config
 from minidoctor.checkpoints.hugging_face import checkpoint_hash, load_model, save_model
-from minidoctor.checkpoints.peft import CONFIG, WEIGHTS, is_peft, read_peft_config, write_peft
+from minidoctor.checkpoints.peft import CONFIG, PICKLED, WEIGHTS, is_peft, read_peft_config, write_peft
 from minidoctor.config import AdapterConfig, ModelConfig
 from minidoctor.files.safetensors import read_tensors, write_tensors
 from minidoctor.model import Model, adapter_state
@@ -269,12 +270,34 @@ def test_missing_file_is_named(base_dir, peft_dir):
         assert is_peft(peft_dir) == (name == WEIGHTS)
 
 
-def test_pickled_weights_get_a_hint(base_dir, peft_dir):
-    (peft_dir / WEIGHTS).rename(peft_dir / "adapter_model.bin")
-    with pytest.raises(FileNotFoundError, match=rf"{WEIGHTS}.* adapter_model\.bin: convert it"):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_pickled_weights_load_as_safetensors_do(capsys, base_dir, peft_dir, tokens, dtype):
+    rounded = {name: tensor.to(dtype) for name, tensor in read_tensors(peft_dir / WEIGHTS)}
+    write_tensors(peft_dir / WEIGHTS, rounded)
+    expected = load_adapted_model(base_dir, peft_dir)(tokens)[0]
+    (peft_dir / WEIGHTS).rename(peft_dir / "elsewhere")
+    torch.save(rounded, peft_dir / PICKLED)
+    assert torch.equal(load_adapted_model(base_dir, peft_dir)(tokens)[0], expected)
+    assert torch.equal(load(base_dir, peft_dir)[0](tokens)[0], expected)
+    assert capsys.readouterr().err == ""
+    torch.save({}, peft_dir / PICKLED)
+    with pytest.raises(ValueError, match=rf"{PICKLED}: 16 tensors are missing"):
         load_adapted_model(base_dir, peft_dir)
-    with pytest.raises(FileNotFoundError, match=r"adapter_model\.bin: convert it"):
-        load(base_dir, peft_dir)
+    (peft_dir / "elsewhere").rename(peft_dir / WEIGHTS)
+    assert torch.equal(load_adapted_model(base_dir, peft_dir)(tokens)[0], expected)
+    assert f"{WEIGHTS} and {PICKLED}" in capsys.readouterr().err
+
+
+def test_pickled_weights_that_call_a_function_are_rejected(tmp_path, base_dir, peft_dir):
+    class Call:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path}/made",)
+
+    (peft_dir / WEIGHTS).unlink()
+    torch.save({UP: Call()}, peft_dir / PICKLED)
+    with pytest.raises(ValueError, match=rf"{PICKLED}: .*nothing was run"):
+        load_adapted_model(base_dir, peft_dir)
+    assert not (tmp_path / "made").exists()
 
 
 @pytest.mark.parametrize(

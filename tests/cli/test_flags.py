@@ -66,6 +66,7 @@ def test_model_flags_are_all_or_the_named_ones():
     parser = argparse.ArgumentParser()
     add_model_flags(parser)
     assert set(vars(parser.parse_args(["--chat-format", "plain"]))) == set(MODEL_FLAGS)
+    assert [parser.parse_args(words).thinking for words in ([], ["--thinking"])] == [False, True]
 
 
 def test_model_flags_have_the_defaults_of_the_training_flags():

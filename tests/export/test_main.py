@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny_checkpoints import change_json, change_tensors, randomize, write_shards
+from tiny_checkpoints import change_json, change_tensors, randomize, write_bin, write_shards
 
 from minidoctor.checkpoints.adapters import ADAPTER, load, load_adapted_model, save_adapter_config
 from minidoctor.checkpoints.families import read_model_config
@@ -124,6 +124,19 @@ def test_merged_baichuan_is_a_llama_with_the_same_token_ids(call, tmp_path):
         assert settings["architectures"] == ["LlamaForCausalLM"]
         assert (settings["user_token_id"], settings["assistant_token_id"]) == (5, 6)
         assert "model.layers.0.self_attn.q_proj.weight" in read_header(out / "model.safetensors")[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_base_with_alibi_in_a_bin_file_is_merged(call, tmp_path, dtype):
+    config = ModelConfig(**(SIZES | {"n_kv_heads": 4, "tied": False, "alibi": True}))
+    save_model(randomize(Model(config)), tmp_path / "base", dtype)
+    write_bin(tmp_path / "base")
+    adapter, out = write_adapter(tmp_path / "adapter", tmp_path / "base"), tmp_path / "out"
+    assert call("--base", tmp_path / "base", "--adapter", adapter, "--merge", out) == (0, f"{out}\n", "")
+    assert read_model_config(out) == config
+    assert stored_dtype(tmp_path / "base") == stored_dtype(out) == dtype
+    if dtype == torch.float32:
+        assert_same_logits(load_model(out), load_adapted_model(tmp_path / "base", adapter))
 
 
 def test_merged_checkpoint_keeps_linear_rope_scaling(call, tmp_path):

@@ -17,6 +17,10 @@ ANSWERS = [{"role": "assistant", "content": f"A{i}"} for i in (1, 2, 3)]
 TURNS = [QUESTIONS[0], ANSWERS[0], QUESTIONS[1], ANSWERS[1], QUESTIONS[2]]
 SPECIAL_TOKENS = {"{bos}", "{eos}"}.union(*(format.needs for format in CHAT_FORMATS.values()))
 
+HUATUO_SYSTEM = (
+    "一位用户和智能医疗大模型HuatuoGPT之间的对话。对于用户的医疗问诊，HuatuoGPT给出准确的、详细的、温暖的指导建议。"
+    "对于用户的指令问题，HuatuoGPT给出有益的、详细的、有礼貌的回答。"
+)
 # The text that each turn adds: the first question (without and with a system message), an answer, a question, ...
 CHATS = {
     "minidoctor": [
@@ -102,6 +106,22 @@ CHATS = {
         "«A2»\n",
         "<问>：Q3\n<答>：",
         "«A3</s>»\n",
+    ],
+    "huatuo-v1": [
+        (f"{HUATUO_SYSTEM}<病人>：Q1 <HuatuoGPT>：", "S<病人>：Q1 <HuatuoGPT>："),
+        "«A1</s>»",
+        "<病人>：Q2 <HuatuoGPT>：",
+        "«A2</s>»",
+        "<病人>：Q3 <HuatuoGPT>：",
+        "«A3</s>»",
+    ],
+    "deepseek-r1": [
+        ("<s><｜User｜>Q1<｜Assistant｜>", "<s>S<｜User｜>Q1<｜Assistant｜>"),
+        "«A1</s>»",
+        "<｜User｜>Q2<｜Assistant｜>",
+        "«A2</s>»",
+        "<｜User｜>Q3<｜Assistant｜>",
+        "«A3</s>»",
     ],
     "zephyr": [
         ("<|user|>\nQ1</s>\n<|assistant|>\n", "<|system|>\nS</s>\n<|user|>\nQ1</s>\n<|assistant|>\n"),
@@ -198,7 +218,8 @@ def test_other_formats_keep_the_white_space_of_a_message(name):
     assert "\n Q \n" in rendered(padded, CHAT_FORMATS[name])
 
 
-TYPED = "".join(sorted(SPECIAL_TOKENS)) + "{}{}</s>[INST]<<SYS>> x"
+# Without </think>, before which a past answer of a reasoning model is cut.
+TYPED = "".join(sorted(SPECIAL_TOKENS - {"</think>"})) + "{}{}</s>[INST]<<SYS>> x"
 
 
 @pytest.mark.parametrize("role", ["system", "user", "assistant"])
@@ -264,6 +285,7 @@ TEMPLATES = {
     "mistral": MISTRAL % " ",
     "mistral-v1": MISTRAL % "",
     "mistral-v3": "{{ '[INST] ' + turn.content + '[/INST]' }}{{ ' ' + turn.content + eos_token }}",
+    "deepseek-r1": "{{ bos_token + '<｜User｜>' + turn.content }}{{ '<｜Assistant｜>' + turn.content + eos_token }}",
     "zephyr": ZEPHYR,
 }
 
@@ -284,10 +306,50 @@ def test_recognize_uses_the_special_tokens_without_a_template():
     assert recognize("", set()) == ("plain", "it has no chat_template")
 
 
+R1_PROMPTS = {
+    "chatml": "<|im_start|>assistant\n<think>\n",
+    "qwen3": "<|im_start|>assistant\n<think>\n",
+    "llama3": "<|start_header_id|>assistant<|end_header_id|>\n\n<think>\n",
+    "llama3.1": "<|start_header_id|>assistant<|end_header_id|>\n\n<think>",
+    "deepseek-r1": "<｜Assistant｜><think>\n",
+}
+
+
 @pytest.mark.parametrize("newline", ["\n", "\\n"])
-def test_recognize_rejects_models_that_always_think(newline):
-    template = TEMPLATES["qwen3"] + "{{ '<|im_start|>assistant" + newline + "<think>' }}"
-    assert recognize(template, CHAT_FORMATS["qwen3"].needs) is None
+@pytest.mark.parametrize("name", R1_PROMPTS)
+def test_template_of_a_model_that_always_reasons_opens_the_last_answer(name, newline):
+    format = CHAT_FORMATS[name]
+    template = TEMPLATES[name] + "{{ '" + R1_PROMPTS[name].replace("\n", newline) + "' }}"
+    assert recognize(template, format.needs)[0] == name
+    for thinking in (False, True):
+        adapted = adapt(format, template, thinking)
+        assert adapted.generation_prompt == R1_PROMPTS[name]
+        assert adapted.past_prompt == (format.past_prompt or format.generation_prompt)
+        assert (format.max_new_tokens, adapted.max_new_tokens) == (2048 if name == "deepseek-r1" else 64, 2048)
+    assert adapt(format, TEMPLATES[name]).generation_prompt == format.generation_prompt
+    assert rendered(TURNS[:3], adapted).count("<think>") == 1
+    assert adapt(CHAT_FORMATS["plain"], template).generation_prompt == ""  # chosen in spite of the template
+
+
+def test_past_answers_of_reasoning_models_are_shortened_to_their_final_part():
+    past = [QUESTIONS[0], {"role": "assistant", "content": "<think>\nA?\n</think>\n\nA1"}, QUESTIONS[1]]
+    assert rendered(past, CHAT_FORMATS["qwen3"]) == QWEN3[1]
+    expected = "<s><｜User｜>Q1<｜Assistant｜>«\n\nA1</s>»<｜User｜>Q2<｜Assistant｜>"
+    assert rendered(past, CHAT_FORMATS["deepseek-r1"]) == expected
+    assert "«<think>\nA?\n</think>\n\nA1<|im_end|>»" in rendered(past[:2], CHAT_FORMATS["qwen3"])  # the last answer
+    assert "«<think>\nA?\n</think>\n\nA1<|im_end|>»" in rendered(past, CHAT_FORMATS["chatml"])
+
+
+def test_thinking_removes_the_empty_chain_of_thought_of_qwen3():
+    format = adapt(CHAT_FORMATS["qwen3"], TEMPLATES["qwen3"], thinking=True)
+    assert rendered(TURNS[:3], format) == QWEN3[1].replace("<think>\n\n</think>\n\n", "") != QWEN3[1]
+    assert (CHAT_FORMATS["qwen3"].max_new_tokens, format.max_new_tokens) == (64, 2048)
+
+
+def test_thinking_changes_only_the_limit_of_other_formats():
+    for name in ("chatml", "llama3.1", "plain"):
+        changed = adapt(CHAT_FORMATS[name], "", thinking=True)
+        assert changed == adapt(CHAT_FORMATS[name], "")._replace(max_new_tokens=2048) != CHAT_FORMATS[name]
 
 
 UNSUPPORTED = {

@@ -30,12 +30,12 @@ def model(make_tokenizer):
 def load(tmp_path, model):
     """A function that saves a tokenizer.model and JSON files by name and loads them."""
 
-    def write_and_load(chat_format="auto", model=model, **files):
+    def write_and_load(chat_format="auto", model=model, thinking=False, **files):
         (tmp_path / "tokenizer.model").write_bytes(model.serialized_model_proto())
         for name, content in files.items():
             text = content if isinstance(content, str) else json.dumps(content)
             (tmp_path / f"{name}.json").write_text(text, encoding="utf-8")
-        return load_tokenizer(tmp_path, chat_format)
+        return load_tokenizer(tmp_path, chat_format, thinking)
 
     return write_and_load
 
@@ -85,6 +85,30 @@ def test_special_tokens_in_a_message_do_not_change_those_of_the_chat(load, name,
     ids, text = special_and_text(typed)
     assert ids == special_and_text("x")[0]
     assert typed in text
+
+
+def test_thinking_decides_whether_qwen3_reasons(load):
+    settings = {"chat_template": "<|im_start|> enable_thinking"}
+    off, on = (load(tokenizer_config=settings, thinking=thinking) for thinking in (False, True))
+    newlines, (begin, end) = off.encode("\n\n", SECTION), (off.special_tokens[tag] for tag in ("<think>", "</think>"))
+    assert off.chat(CONVERSATION[:2]) == [*on.chat(CONVERSATION[:2]), begin, *newlines, end, *newlines]
+    assert ("qwen3, thinking" in off.note, "qwen3, thinking" in on.note) == (False, True)
+    assert not off.opens_reasoning
+    assert not on.opens_reasoning  # the model itself writes <think>
+
+
+def test_template_that_opens_the_reasoning_is_recognized(load):
+    tokenizer = load(tokenizer_config={"chat_template": "'<|im_start|>' + role, '<|im_start|>assistant\\n<think>\\n'"})
+    assert tokenizer.chat_format == "chatml"
+    assert tokenizer.opens_reasoning
+    expected = [tokenizer.special_tokens["<think>"], *tokenizer.encode("\n", SECTION)]
+    assert tokenizer.chat(CONVERSATION[:2])[-len(expected) :] == expected
+
+
+def test_tags_of_the_reasoning_are_displayed_and_other_special_tokens_are_not(load):
+    tokenizer = load()
+    ids = [tokenizer.special_tokens[name] for name in ("<think>", "<|user|>", "</think>", "<s>")]
+    assert tokenizer.decode([*ids[:2], *tokenizer.encode("gout"), *ids[2:]]) == "<think>gout</think>"
 
 
 def test_normal_piece_used_as_special_token_is_not_matched_in_text(load, model):
