@@ -6,7 +6,8 @@
 
 The tests read the stored results and do not need these packages. Baichuan is not in `transformers`. By its published
 definition it is a Llama whose q, k and v are the rows of one matrix, in this order; the second version divides each
-row of the output layer by its length. The expected values are therefore those of a Llama with the same weights.
+row of the output layer by its length. The expected values are therefore those of a Llama with the same weights. Those
+of Baichuan-13B, which has ALiBi, come from plain_baichuan.py.
 """
 
 import argparse
@@ -14,10 +15,13 @@ import io
 import json
 import shutil
 import tempfile
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import sentencepiece
 import torch
+from plain_baichuan import plain_greedy, plain_logits
 from safetensors.torch import load_file, save_file
 from tiny_checkpoints import tensor_shapes
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -26,6 +30,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 OUT = Path(__file__).parent / "fixtures"
 LENGTHS = (48, 23, 7)  # tokens of the prompts: two beyond the window, one beyond the original context, one below both
 NEW_TOKENS = 64
+ROTARY_KEYS = ("max_position_embeddings", "rope_theta", "num_key_value_heads")
+Function = Callable[[torch.Tensor], torch.Tensor]
 
 SHAPE = {
     "vocab_size": 48,
@@ -47,6 +53,9 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,  # 4 of 8 dimensions turn too slowly, 2 are in between
 }
+
+
+ALIBI = {"hidden_size": 36, "num_attention_heads": 6, "model_max_length": 128}  # 6 heads: not a power of two
 
 
 def family(name: str, architecture: str, **changes: object) -> dict[str, object]:
@@ -81,7 +90,18 @@ MODELS = {
     ),
     "baichuan": (family("baichuan", "BaiChuanForCausalLM"), torch.float32),
     "baichuan2": (family("baichuan", "BaichuanForCausalLM"), torch.bfloat16),
+    "baichuan-13b": (family("baichuan", "BaichuanForCausalLM", **ALIBI), torch.float32),
+    "baichuan2-13b": (family("baichuan", "BaichuanForCausalLM", **ALIBI, z_loss_weight=0), torch.bfloat16),
 }  # fmt: skip
+# Checkpoints that are stored as files of torch.save: the directory whose content they have, and the number of files.
+PICKLED = {
+    "llama-bin": ("llama", 1),
+    "llama-bin-shards": ("llama", 2),
+    "baichuan2-bin": ("baichuan2", 1),
+    "baichuan2-bin-shards": ("baichuan2", 2),
+    "baichuan-13b": ("baichuan-13b", 1),
+    "baichuan2-13b": ("baichuan2-13b", 2),
+}
 
 
 def draw(shapes: dict[str, tuple[int, ...]], dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -106,6 +126,8 @@ def as_llama(settings: dict) -> dict:
 
 def make_model(directory: Path, name: str) -> None:
     settings, dtype = MODELS[name]
+    if "model_max_length" in settings:
+        return make_alibi_model(directory, settings, dtype)
     is_baichuan = name.startswith("baichuan")
     if is_baichuan:
         settings = settings | {"num_key_value_heads": settings["num_attention_heads"]}
@@ -123,7 +145,14 @@ def make_model(directory: Path, name: str) -> None:
         write_model(directory, settings, tensors)
         # In float32 for every stored dtype, with attention computed step by step.
         model = AutoModelForCausalLM.from_pretrained(reference, dtype=torch.float32, attn_implementation="eager")
-    save_file(expected_outputs(model.eval(), settings["vocab_size"]), directory / "expected.safetensors")
+    greedy = partial(
+        model.eval().generate, max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=None, pad_token_id=0
+    )
+    expected = expected_outputs(
+        settings["vocab_size"], lambda tokens: model(tokens[None]).logits[0],
+        lambda tokens: greedy(tokens[None], attention_mask=torch.ones_like(tokens[None]))[0, len(tokens) :],
+    )  # fmt: skip
+    save_file(expected, directory / "expected.safetensors")
     if name == "llama3":  # in two shards, as large checkpoints are
         write_shards(directory, tensors)
     if name == "llama-linear":  # as old tied checkpoints are: with the output layer and the rotary frequencies
@@ -141,21 +170,41 @@ def write_llama_of_baichuan(directory: Path, name: str, settings: dict, tensors:
     write_model(directory, as_llama(settings), twin)
 
 
-def expected_outputs(model: torch.nn.Module, vocab_size: int) -> dict[str, torch.Tensor]:
+def make_alibi_model(directory: Path, settings: dict, dtype: torch.dtype) -> None:
+    settings = {key: settings[key] for key in settings if key not in ROTARY_KEYS}
+    tensors = draw(tensor_shapes(settings), dtype)
+    write_model(directory, settings, tensors)
+    greedy = partial(plain_greedy, tensors, settings, n=NEW_TOKENS)
+    expected = expected_outputs(settings["vocab_size"], partial(plain_logits, tensors, settings), greedy)
+    save_file(expected, directory / "expected.safetensors")
+
+
+def expected_outputs(vocab_size: int, logits: Function, greedy: Function) -> dict[str, torch.Tensor]:
     """Return random prompts with their logits and greedy continuations."""
     generator = torch.Generator().manual_seed(0)
     expected = {}
     for length in LENGTHS:
-        tokens = torch.randint(0, vocab_size, (1, length), generator=generator)
+        tokens = torch.randint(0, vocab_size, (1, length), generator=generator)[0]
         with torch.no_grad():
-            logits = model(tokens).logits
-            generated = model.generate(
-                tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=NEW_TOKENS, do_sample=False,
-                eos_token_id=None, pad_token_id=0,
-            )  # fmt: skip
-        expected |= {f"tokens.{length}": tokens[0], f"logits.{length}": logits[0]}
-        expected[f"greedy.{length}"] = generated[0, length:]
+            expected |= {f"tokens.{length}": tokens, f"logits.{length}": logits(tokens)}
+            expected[f"greedy.{length}"] = greedy(tokens).clone()
     return expected
+
+
+def write_pickled(source: Path, directory: Path, n_files: int) -> None:
+    """Write a copy of a checkpoint with pytorch_model.bin, or shards and their index, instead of model.safetensors."""
+    tensors = load_file(source / "model.safetensors")
+    if source != directory:
+        shutil.copytree(source, directory)
+    (directory / "model.safetensors").unlink()
+    if n_files == 1:
+        torch.save(tensors, directory / "pytorch_model.bin")
+        return
+    weight_map = {name: f"pytorch_model-{i % n_files + 1:05}-of-{n_files:05}.bin" for i, name in enumerate(tensors)}
+    for file in set(weight_map.values()):
+        torch.save({name: tensors[name] for name in tensors if weight_map[name] == file}, directory / file)
+    index = {"metadata": {}, "weight_map": weight_map}
+    (directory / "pytorch_model.bin.index.json").write_text(json.dumps(index, indent=1) + "\n")
 
 
 def write_shards(directory: Path, tensors: dict[str, torch.Tensor]) -> None:
@@ -261,6 +310,10 @@ def make(out: Path) -> None:
     for name in MODELS:
         shutil.rmtree(out / "models" / name, ignore_errors=True)
         make_model(out / "models" / name, name)
+    for name, (source, n_files) in PICKLED.items():
+        if name != source:
+            shutil.rmtree(out / "models" / name, ignore_errors=True)
+        write_pickled(out / "models" / source, out / "models" / name, n_files)
     for name in ("sentencepiece", "bpe"):
         shutil.rmtree(out / "tokenizers" / name, ignore_errors=True)
         make_tokenizer(out / "tokenizers" / name)
@@ -274,6 +327,9 @@ def check() -> None:
             made = Path(temporary) / path.relative_to(OUT)
             if path.suffix == ".safetensors":
                 torch.testing.assert_close(load_file(made), load_file(path), msg=str(path))
+            elif path.suffix == ".bin":  # the archive also has random identifiers
+                contents = (torch.load(file, weights_only=True) for file in (made, path))
+                torch.testing.assert_close(*contents, msg=str(path))
             else:
                 assert made.read_bytes() == path.read_bytes(), path
     print("equal to the stored fixtures")

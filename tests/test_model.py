@@ -10,9 +10,9 @@ import torch
 from paths import FIXTURES
 from torch import nn
 
-from minidoctor.checkpoints.hugging_face import load_model, save_model
+from minidoctor.checkpoints.hugging_face import load_model, read_stored, save_model
 from minidoctor.config import AdapterConfig, ModelConfig, SampleConfig
-from minidoctor.files.safetensors import read_header, read_tensors
+from minidoctor.files.safetensors import read_tensors
 from minidoctor.generate import generate
 from minidoctor.kv_cache import KVCache
 from minidoctor.model import (
@@ -207,8 +207,7 @@ def test_a_bfloat16_base_trains_float32_experts(tmp_path):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_parameter_names_are_those_of_the_checkpoint(family):
-    files = (MODELS / family).glob("model*.safetensors")
-    stored = {name for file in files for name in read_header(file)[0] if not name.endswith("inv_freq")}
+    stored = {name for name in read_stored(MODELS / family) if not name.endswith("inv_freq")}
     ours = set(load_model(MODELS / family).state_dict())
     packed = {name.replace("W_pack", part) for name in stored for part in ("q_proj", "k_proj", "v_proj")}
     assert ours == packed | (ours & {"lm_head.weight"})
