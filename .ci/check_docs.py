@@ -11,6 +11,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from minidoctor.study.report import committed_table
+
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "minidoctor"
 PAGES = [ROOT / "README.md", ROOT / "data" / "README.md", *sorted(PACKAGE.glob("*/README.md"))]
@@ -44,7 +46,7 @@ def check_budgets() -> None:
 def check_reading_path() -> None:
     """The reading path lists the method's files in their order, each with its number of lines."""
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    rows = re.findall(r"^\| \[?`(\w+)\.py`\S* \| (\d+) \|", readme, re.MULTILINE)
+    rows = re.findall(r"^\| \[`(\w+)\.py`\]\S* \| (\d+) \|", readme, re.MULTILINE)
     listed = re.search(r"imports only files above it and ops/:\n(.*?)\.", (PACKAGE / "__init__.py").read_text(), re.S)
     order = listed[1].replace("\n", " ").split(", ") if listed else []
     check([name for name, _ in rows] == order, f"README.md: the reading path is {rows}, the method's order is {order}")
@@ -66,19 +68,32 @@ def check_commands() -> None:
     """Every flag in a command of a page is one that the program's --help lists."""
     flags = {}
     for name, command in PROGRAMS.items():
-        done = subprocess.run([sys.executable, *command, "--help"], cwd=ROOT, capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            [sys.executable, *command, "--help"], cwd=ROOT, capture_output=True, text=True, check=True
+        )
         flags[name] = set(re.findall(r"--[a-z][\w-]*", done.stdout))
     for page in PAGES:
         text = page.read_text(encoding="utf-8").replace("\\\n", " ")
-        for command in re.findall(r"(?:python|torchrun\b[^\n`]*?) +((?:train\.py|sample\.py|-m minidoctor\.\w+)[^\n`&|]*)", text):
+        for command in re.findall(
+            r"(?:python|torchrun\b[^\n`]*?) +((?:train\.py|sample\.py|-m minidoctor\.\w+)[^\n`&|]*)", text
+        ):
             name = next((name for name in PROGRAMS if command.startswith(name)), None)
             check(name is not None, f"{page.relative_to(ROOT)}: unknown program in {command!r}")
             for flag in re.findall(r"(?<!\S)--[a-z][\w-]*", command.split("#")[0]) if name else []:
                 check(flag in flags[name], f"{page.relative_to(ROOT)}: {name} has no {flag}")
 
 
+def check_ablation() -> None:
+    """The tables of the ablation's page are those of the committed results."""
+    page = (PACKAGE / "study" / "README.md").read_text(encoding="utf-8")
+    tables = re.findall(r'<!-- table: (\S+) minus "(.+?)" -->\n(.*?)\n<!-- end -->', page, re.DOTALL)
+    check(len(tables) >= 4, f"minidoctor/study/README.md: {len(tables)} tables, at least 4 expected")
+    for file, baseline, table in tables:
+        check(committed_table(file, baseline) == table, f"minidoctor/study/README.md: the table of {file} differs")
+
+
 def main() -> None:
-    for check_something in (check_budgets, check_reading_path, check_links, check_commands):
+    for check_something in (check_budgets, check_reading_path, check_links, check_commands, check_ablation):
         check_something()
     print("\n".join(problems) or "the documentation agrees with the code")
     sys.exit(bool(problems))
