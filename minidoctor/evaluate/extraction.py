@@ -2,12 +2,13 @@
 
     "..., so I would choose (c)." -> "C"     "A、C、E" -> "ACE"     "无法确定" -> ""
 
-There is no default letter: an answer that these rules cannot read is unanswered. The first rule that reads something
-decides.
+Only the part after the reasoning of a reply is read. There is no default letter: an answer that these rules cannot read
+is unanswered. The first rule that reads something decides.
 
 1. The last statement of the answer ("答案是", "故选", "the answer is", "I choose"), with letters or one option's text.
 2. The reply begins with letters before punctuation, with restated options ("A. text"), or is the text of one option.
-3. One option is called correct and others wrong ("A错误，B正确").
+3. The last conclusion ("因此", "最可能的诊断是", "the most likely diagnosis is"), with the text of an option.
+4. One option is called correct and others wrong ("A错误，B正确").
 
 All options restated are the question repeated ("ABCDE" without texts is an answer). A letter with the text of another
 option is unreadable.
@@ -16,40 +17,51 @@ option is unreadable.
 import re
 import unicodedata
 
+from minidoctor.text.reasoning import final_part
+
 FOLD = str.maketrans("[{【「『〔《]}】」』〕》", "(((((((" + ")))))))", '"“”‘’`*_#$\u200b\ufeff')
 MAX_LENGTH = 20_000  # characters; only the last ones are read
 COMMA = r",\s?(?:and\s)?(?=\(?[A-Za-z]\)?(?:$|\s?[,、.;。)和及与都均两三\n]|\sand\b))"  # not in "C, A is wrong"
 AND = rf"(?:{COMMA}|\s?[、/&]\s?|\sand\s|\s?[和及与]\s?| |\n(?=[A-Z](?:\n|$)))"
 LETTER = r"\(?[A-Z](?![A-Za-z0-9])\)?"
+RUN = rf"{LETTER}(?:{AND}{LETTER})*"
+NEGATIVE = r"错|不正确|不对|(?i:wrong|incorrect|not (?:correct|right))"
 # One letter, or several, that end a sentence: "it is B" states an answer, "it is a B-cell lymphoma" does not.
 BARE = (
-    rf"(?={LETTER}(?:{AND}{LETTER})*"
+    rf"(?!{LETTER}\.(?: ?[\u4e00-\u9fff]|[^.。,;\n]{{0,60}}(?:{NEGATIVE})))(?={RUN}"
     r"\s?(?:[.。,;!]?\s*$|\(|[.。;]\s[A-Z\u4e00-\u9fff]|,?\s(?:because|since)\b|,?因))"
 )
+IT_IS = r"(?<!n't think )(?<!not think )(?<!doubt )(?<!if )(?<!whether )\bit(?: is|'?s| must be| should be)"
+THUS = r"(?:因此|所以|综上(?:所述)?|故|(?i:\b(?:therefore|thus|hence|so|in conclusion)\b)),? ?"
+CONCLUSION = re.compile(  # followed by letters that end a sentence, or by letters with the texts of their options
+    r"(?i:\b(?:most (?:likely|probable|appropriate|suitable)|best)\b[^.:?!\n]{0,60}?\b(?:is|are|be)\b):? ?"
+    rf"|最(?:可能|符合|合适|恰当|佳)[^。:,;?\n]{{0,15}}?(?<!不)[是为]:? ?|{THUS}"
+)
 STATEMENT = re.compile(
-    r"(?:(?<!错误)(?<!错误的)答案|(?<!不)正确的(?:选项)?|(?<!不)正确选项|最佳选择)(?:应该|应当|应)?[是为:]{0,2}"
-    r"(?:选(?=\s?[A-Z]))?"
+    r"(?:(?<!错误)(?<!错误的)答案|(?<!不)正确的(?:选项|选择)?|(?<!不)正确选项|最佳选择)(?:应该|应当|应)?[是为有:]{0,2}"
+    r"(?:选择?(?=\s?[A-Z]))?"
     # Not every 选: 首选 and 可选 refer to treatments, 不选 and 若选 to options that are not chosen.
     r"|(?:^|(?<=[\s,.;:。应该故题此以我则]))(?<!不.)选(?:择|:)?"
-    r"|(?i:(?<!wrong )(?<!incorrect )(?<!not the )\banswers?\b|\b(?:correct|right|best|final|my) (?:option|choice)\b)"
+    r"|(?i:(?<!wrong )(?<!incorrect )(?<!not the )\banswers?\b"
+    r"|\b(?:correct|right|best|final|my|most \w+) (?:option|choice)s?\b)"
     r"[^.:?\n]{0,40}?(?::|$|\b(?:is|are|be)\b)"
-    r"|(?i:(?<!if )\b(?:i|i'd|would|will|therefore,?|so) (?:choose|select|pick|go with)\b)|\\boxed"
-    r"|(?i:(?<!n't think )(?<!not think )(?<!doubt )(?<!if )(?<!whether )\bit(?: is|'?s| must be| should be)"
-    rf"|\b(?:therefore|thus|hence|so),?|(?:\bnot|n't) \(?[A-Z]\)?,? but) {BARE}"
-    rf"|(?:因此|所以|综上|故|应该?是|应为|而是),? ?{BARE}",
+    r"|(?i:(?<!if )\b(?:i|i'd|would|will|therefore,?|so) (?:choose|select|pick|go with|lean towards?)\b)|\\boxed"
+    rf"|(?:(?i:{IT_IS}|(?:\bnot|n't) \(?[A-Z]\)?,? but)|应该?是|应为|而是),? ?{BARE}|(?:{CONCLUSION.pattern}){BARE}"
+    rf"|{THUS}(?=(?:选项|(?i:option ))?{RUN}(?:选?项)?(?:[是都]*正确| (?:is|are) (?:the )?correct))",
     re.MULTILINE,
 )
 FILLER = re.compile(
     r"\)?(?:-\s)?[^\w.?!;。,、)-]*(?:(?i:(?:most )?likely|probably|definitely|options?|both)\b|选?项)?[^\w.?!;。,、)-]*"
 )
 # Atomic: the "A" of "A和B都不对" must not be read as the answer.
-LETTERS = re.compile(rf"(?>[A-Z]{{2,26}}(?![A-Za-z0-9])|{LETTER}(?:{AND}?{LETTER})*|(?i:{LETTER}(?:{AND}{LETTER})*))")
-NEGATIVE = r"错|不正确|不对|(?i:wrong|incorrect|not (?:correct|right))"
+LETTERS = re.compile(rf"(?>[A-Z]{{2,26}}(?![A-Za-z0-9])|{LETTER}(?:{AND}?{LETTER})*|(?i:{RUN}))")
 # Text that can follow an answer: not in "B-cell", "A%", "A patient", "e.g.", "A. wrong".
 WRONG = rf"(?![.、:)\s]{{0,3}}(?:选?项)?[:\s是都均]*(?i:is|are)?\s?(?:{NEGATIVE}))"
-END = r"$|\n|[;。(]|,(?!\s?[A-Z]\s?(?:[,、或和]|or\b|and\b))|[.:、)](?!\w\.)|-\s|因|(?i:because|since)\b"
+END = r"$|\n|[;。(!]|,(?!\s?[A-Z]\s?(?:[,、或和]|or\b|and\b))|[.:、)](?!\w\.)|-\s|因|(?i:because|since)\b"
 STOP = re.compile(rf"{WRONG}(?:(?<=\))|\s?(?:{END}|[选两三]?项(?!\s?[:是有为])))")
-CORRECT = re.compile(r"(?:选?项)?(?:[是都]|\s(?:is|are)\s)*(?:the )?(?:正确|对|correct)(?: answer)?(?=$|[\s.。,;(因])")
+CORRECT = re.compile(
+    r"(?:选?项)?(?:[是都]|\s(?:is|are)\s)*(?:the )?(?:正确(?:的|答案)?|对|correct)(?: answer)?(?=$|[\s.。,;(因])"
+)
 VERDICT = re.compile(
     rf"(?<![A-Za-z0-9])([A-Z])\)?(?:选?项)?(?:\s?[,:]?\s?(?:is |是|都)?({NEGATIVE})"
     r"|[,:]?\s?[是都]?(?:正确|对)|(?: is|:) (?i:correct|right)\b)"
@@ -60,20 +72,13 @@ LABEL = re.compile(r"\(?([A-Za-z])(?![A-Za-z0-9])[.、:)\s]*")  # a letter befor
 
 def read_letters(reply: str, options: dict[str, str]) -> str:
     """Return the chosen letters in alphabetical order, "" if the answer cannot be read."""
-    text = normalize(final_answer(reply[-MAX_LENGTH:]))
-    starts = [statement.end() for statement in STATEMENT.finditer(text)]
+    text = normalize((final_part(reply) or "")[-MAX_LENGTH:])
     texts = {letter: normalize(option).rstrip(".。;,").lower() for letter, option in options.items()}
-    answers = (letters_at(text, start, texts) for start in (*reversed(starts), 0))
-    chosen = next((letters for letters in answers if letters is not None), None)
-    if chosen is None:
-        chosen = only_correct(text)
+    statements, conclusions = ([match.end() for match in p.finditer(text)][::-1] for p in (STATEMENT, CONCLUSION))
+    starts = [(start, False) for start in (*statements, 0)] + [(start, True) for start in conclusions]
+    answers = (letters_at(text, start, texts, only_texts) for start, only_texts in starts)
+    chosen = next((letters for letters in answers if letters is not None), only_correct(text))
     return "".join(sorted(set(chosen))) if set(chosen) <= set(options) else ""
-
-
-def final_answer(reply: str) -> str:
-    """Return the text after the reasoning, "" if the reasoning does not end."""
-    answer = reply.rpartition("</think>")[2]  # the prompt may have opened the block
-    return "" if "<think>" in answer else answer
 
 
 def only_correct(text: str) -> str:
@@ -88,13 +93,15 @@ def normalize(text: str) -> str:
     """Return the text in half width, with round brackets only, without Markdown and LaTeX, white space folded."""
     # Per character: sorting a long run of combining marks would take quadratic time.
     text = "".join(unicodedata.normalize("NFKC", character) for character in text)
-    text = re.sub(r"<(/?)answer>", lambda tag: "\n" if tag[1] else "\nanswer: ", text)
     text = re.sub(r"\\(?:text\w*|math\w*)", "", text).translate(FOLD)
     return re.sub(r"\s*\n\s*", "\n", re.sub(r"[^\S\n]+", " ", text)).strip()
 
 
-def letters_at(text: str, start: int, texts: dict[str, str]) -> str | None:
-    """Return the letters at a position of the text, "" if they contradict their texts, None if there are none."""
+def letters_at(text: str, start: int, texts: dict[str, str], only_texts: bool = False) -> str | None:
+    """Return the letters at a position of the text, "" if they contradict their texts, None if there are none.
+
+    With `only_texts`, letters without the texts of their options do not count.
+    """
     beginning, at = start == 0, FILLER.match(text, start).end()  # type: ignore[union-attr]  # matches the empty text
     if option := option_at(text, start, texts, beginning) or option_at(text, at, texts, beginning):
         return option
@@ -108,7 +115,7 @@ def letters_at(text: str, start: int, texts: dict[str, str]) -> str | None:
         all_options = len(restated) > 1 and set(restated) == set(texts)
         return None if all_options or continues(text[at - 1 :], restated, texts) else restated
     run = LETTERS.match(text, at)
-    if not run:
+    if only_texts or not run:
         return None
     letters, rest = re.sub(r"\bAND\b|[^A-Z]", "", run[0].upper()), text[run.end() :]
     if beginning and run[0][-1].islower() and not re.match(r"\s?(?:$|[\n.:)、])", rest):

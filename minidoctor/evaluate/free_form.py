@@ -7,7 +7,7 @@
 import re
 import unicodedata
 
-from minidoctor.evaluate.extraction import final_answer
+from minidoctor.text.reasoning import final_part
 
 RULE = "contains the answer as whole words and numbers (Chinese: as characters); case, spaces, width ignored"
 FOLD = str.maketrans("’‘“”‐‑‒–—−⁄", "''\"\"------/")
@@ -17,11 +17,8 @@ NUMBER = r"\d*\.\d+|\d+(?:,\d{3})*(?:\.\d+)?"
 TOKEN = re.compile(rf"{LETTER}(?:{LETTER}|\d)*|{NUMBER}|[^\s\u200b\u200d\ufeff]")
 
 
-def tokens(text: str) -> list[str]:
-    return TOKEN.findall(unicodedata.normalize("NFKC", text).casefold().translate(FOLD))
-
-
 def contains(reply: str, answer: str) -> bool:
     """Return whether the reply, after its reasoning, contains the tokens of the answer in a row."""
-    expected, actual = (" ".join(tokens(text)) for text in (answer, final_answer(reply)))
+    texts = (unicodedata.normalize("NFKC", text).casefold() for text in (answer, final_part(reply) or ""))
+    expected, actual = (" ".join(TOKEN.findall(text.translate(FOLD))) for text in texts)
     return bool(expected) and f" {expected} " in f" {actual} "
