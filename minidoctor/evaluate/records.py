@@ -1,23 +1,24 @@
 """The records of a result file: the outcome of each scoring method for a question, and the question's prediction."""
 
-from dataclasses import dataclass, field, is_dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
+from typing import Any, NamedTuple
 
 from minidoctor.config import UserError
-from minidoctor.files.json_files import read_object
+from minidoctor.files.json_files import from_json, read_object
 
 
 @dataclass(frozen=True)
 class Outcome:
     """The result of one scoring method for one question."""
 
-    scores: dict[str, float] = field(default_factory=dict)  # of each option, in nats
+    scores: dict[str, float] = field(default_factory=dict)  # of each option or set of options, in nats
     reply: str | None = None  # the generated answer
     nll: float | None = None  # of the correct answer, summed over n_tokens, in nats
     n_tokens: int = 0
     too_long: bool = False  # the question does not fit into the model's context: unanswered
     truncated: bool = False  # the reply ended at max_new_tokens or at the end of the context
+    unfinished: bool = False  # the reply ended before its reasoning did: wrong, and not counted as unanswered
     prediction: str = ""  # letters or, for a free-form question, the reply
     correct: bool | None = None  # None: the correct answer is unknown
 
@@ -47,23 +48,6 @@ class Prediction:
     trained_on: bool | None  # None: the model has no adapter, or one that does not record its training questions
 
 
-def from_json(kind: Any, content: Any) -> Any:
-    """Return the record of type `kind` from the JSON of its `asdict`. Raises KeyError, TypeError or AttributeError."""
-    arguments = get_args(kind)
-    if is_dataclass(kind):
-        types = get_type_hints(kind)
-        return kind(**{name: from_json(types[name], value) for name, value in content.items()})  # type: ignore[operator]
-    if get_origin(kind) is dict:
-        return {key: from_json(arguments[1], value) for key, value in content.items()}
-    if get_origin(kind) is tuple:
-        return tuple(from_json(arguments[0], value) for value in content)
-    if type(None) in arguments:
-        return None if content is None else from_json(arguments[0], content)
-    if not isinstance(content, (int, float) if kind is float else kind):
-        raise TypeError(f"expected {kind.__name__}, got {content!r:.40}")
-    return content
-
-
 class ResultFile(NamedTuple):
     complete: bool  # False: an interrupted evaluation
     protocol: dict[str, Any]
@@ -74,7 +58,7 @@ def read_result(path: Path) -> ResultFile:
     """Read a file that `--out` wrote. Raises FileNotFoundError or UserError."""
     content = read_object(path)
     try:
-        predictions = [from_json(Prediction, row) for row in content["predictions"]]
+        predictions = [from_json(Prediction, row, strict=False) for row in content["predictions"]]
         return ResultFile(from_json(bool, content["complete"]), dict(content["protocol"]), predictions)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path}: not a result of minidoctor.evaluate ({error!r:.80})") from None

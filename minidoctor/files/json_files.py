@@ -4,8 +4,9 @@ import json
 import os
 from collections import Counter
 from contextlib import suppress
+from dataclasses import is_dataclass
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 from minidoctor.config import UserError, check
 
@@ -121,18 +122,27 @@ def write_atomically(path: Path, *chunks: bytes | memoryview) -> None:
                 temporary.unlink()
 
 
-def from_json(config: type, content: Any) -> Any:
-    """Return the dataclass `config` with the fields of a JSON object, checked against their types. Raises UserError."""
-    check(isinstance(content, dict), f"expected an object, got {type(content).__name__}")
-    types, fields = get_type_hints(config), {}
-    for name, value in content.items():
-        check(name in types, f"unknown setting {name!r:.40}")
-        if isinstance(value, list):  # the tuples of the configurations contain strings
-            value = tuple(value) if all(isinstance(item, str) for item in value) else None
-        kind = {float: (int, float)}.get(types[name], getattr(types[name], "__origin__", types[name]))
-        valid = isinstance(value, kind) and (type(value) is not bool or kind is bool)
-        check(valid, f"{name} is {value!r:.40}, expected {getattr(types[name], '__name__', 'another type')}")
-        fields[name] = value
-    missing = sorted(types.keys() - fields.keys())
-    check(not missing, f"no {', '.join(missing)}")
-    return config(**fields)
+def from_json(kind: Any, content: Any, strict: bool = True, name: str = "content") -> Any:
+    """Return the dataclass `kind`, or a value of another annotated type, from its JSON, checked against the types.
+
+    With `strict`, fields that have a default must be there as well. Raises UserError, or TypeError without `strict`.
+    """
+    arguments, origin = get_args(kind), get_origin(kind) or kind
+    if type(None) in arguments:
+        return None if content is None else from_json(arguments[0], content, strict, name)
+    if is_dataclass(kind) and not isinstance(content, origin):
+        check(isinstance(content, dict), f"{name}: expected an object, got {type(content).__name__}")
+        types = get_type_hints(kind)
+        for key in content:
+            check(key in types, f"unknown setting {key!r:.40}")
+        missing = sorted(types.keys() - content.keys()) if strict else []
+        check(not missing, f"no {', '.join(missing)}")
+        return origin(**{key: from_json(types[key], value, strict, key) for key, value in content.items()})
+    expected = {float: (int, float), tuple: (list, tuple)}.get(origin, origin)
+    valid = isinstance(content, expected) and (type(content) is not bool or kind is bool)
+    check(valid, f"{name} is {content!r:.40}, expected {getattr(kind, '__name__', kind)}")
+    if origin is dict:
+        return {key: from_json(arguments[1], value, strict, name) for key, value in content.items()}
+    if origin is tuple:
+        return tuple(from_json(arguments[0], value, strict, name) for value in content)
+    return content

@@ -233,3 +233,45 @@ def test_from_json_lists_missing_keys():
         from_json(Settings, {"size": 1, "scale": 2.0, "names": []})
     with pytest.raises(UserError, match="list"):
         from_json(Settings, [])
+
+
+@dataclass
+class Group:
+    settings: Settings
+    by_name: dict[str, Settings]
+    interval: tuple[float, float] | None
+    note: str = ""
+
+
+GROUP = {"settings": SETTINGS, "by_name": {"a": SETTINGS}, "interval": [0, 0.5]}
+
+
+def test_from_json_returns_nested_dataclasses():
+    settings = from_json(Settings, SETTINGS)
+    assert from_json(Group, GROUP | {"note": "x"}) == Group(settings, {"a": settings}, (0, 0.5), "x")
+    assert from_json(Group, GROUP | {"note": "x", "interval": None, "by_name": {}}) == Group(settings, {}, None, "x")
+    assert from_json(Group, GROUP | {"note": "x", "settings": settings}).settings is settings
+
+
+def test_from_json_leaves_fields_to_their_defaults_unless_strict():
+    with pytest.raises(UserError, match="no note"):
+        from_json(Group, GROUP)
+    assert from_json(Group, GROUP, strict=False).note == ""
+    with pytest.raises(TypeError, match="interval"):
+        from_json(Group, {key: GROUP[key] for key in ("settings", "by_name")}, strict=False)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"settings": []}, "settings: expected an object"),
+        ({"by_name": [SETTINGS]}, "by_name"),
+        ({"by_name": {"a": SETTINGS | {"size": "1"}}}, "size"),
+        ({"interval": ["0", 1]}, "interval"),
+        ({"interval": 0.5}, "interval"),
+        ({"note": None}, "note"),
+    ],
+)
+def test_from_json_rejects_other_types_in_nested_records(change, message):
+    with pytest.raises(UserError, match=message):
+        from_json(Group, GROUP | {"note": ""} | change)
