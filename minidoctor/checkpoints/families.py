@@ -106,8 +106,8 @@ def find_family(settings: dict[str, Any]) -> Family:
 def find_baichuan(settings: dict[str, Any]) -> str:
     """Return the family of a BaichuanForCausalLM, the class of all but Baichuan-7B, whose name has a capital C."""
     alibi = settings.get("max_position_embeddings") is None and settings.get("model_max_length") is not None
-    # The 13B models of both versions have the same keys. Version 2 has twice the vocabulary, and its own class also
-    # writes z_loss_weight.
+    # The 13B models of both versions have the same keys. Version 2 has twice the vocabulary, and its configuration
+    # class also writes z_loss_weight.
     second = not alibi or settings.get("vocab_size") == 125696 or "z_loss_weight" in settings
     return ("baichuan2" if second else "baichuan") + ("-13b" if alibi else "")
 

@@ -17,7 +17,7 @@ from minidoctor.config import LARGEST, UserError, check
 from minidoctor.files.hub_cache import follow_snapshot
 from minidoctor.files.json_files import read_object, read_text
 from minidoctor.text.backends import INSIDE, SECTION, START, AddedToken, Backend, load_backend
-from minidoctor.text.chat_formats import CHAT_FORMATS, ChatFormat, adapt, recognize, render
+from minidoctor.text.chat_formats import CHAT_FORMATS, REASONING_TOKENS, ChatFormat, adapt, recognize, render
 from minidoctor.text.reasoning import TAGS
 
 SETTINGS = ("config.json", "generation_config.json", "special_tokens_map.json", "tokenizer_config.json")
@@ -214,4 +214,5 @@ def choose_format(
         message = f"{directory}: chat format {name} ({reason}) needs the token {missing[0]}, which the vocabulary lacks"
         check(chat_format == "auto", message)
         return None, None, f"{message}; choose another with --chat-format"
-    return name, format, f"chat format {name}{', thinking' if thinking else ''} ({reason})"
+    thinks = ", thinking" if format.max_new_tokens == REASONING_TOKENS else ""
+    return name, format, f"chat format {name}{thinks} ({reason})"

@@ -70,4 +70,5 @@ def test_40_heads_equal_the_definition(tmp_path):
     settings, tokens = json.loads((tmp_path / "config.json").read_text()), torch.randint(0, 50, (40,))
     with torch.no_grad():
         expected = plain_logits(tensors, settings, tokens)
-        torch.testing.assert_close(load_model(tmp_path)(tokens[None])[0][0], expected, atol=1e-5, rtol=1e-5)
+        # Weights of standard deviation 1 give scores of about 100, whose rounding the softmax enlarges.
+        torch.testing.assert_close(load_model(tmp_path)(tokens[None])[0][0], expected, atol=1e-4, rtol=1e-4)

@@ -1,4 +1,4 @@
-"""Loading needs little more memory than the weights, in every dtype and for the family with packed matrices."""
+"""Loading needs little more memory than the weights, in every dtype and format, and for packed matrices."""
 
 import json
 import math
@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from paths import ROOT
 from tiny_checkpoints import TINY, config_json, tensor_shapes
 
@@ -35,20 +36,12 @@ for tiny, large, dtype in zip(sys.argv[1::3], sys.argv[2::3], sys.argv[3::3]):
 """
 LARGE = {"vocab_size": 32_000, "hidden_size": 1024, "num_attention_heads": 8, "num_key_value_heads": 8}
 LARGE |= {"head_dim": 128, "intermediate_size": 3072, "num_hidden_layers": 4}
-CASES = {
-    "float16 to float32": ("llama", "F16", "float32"),
-    "float32 to bfloat16": ("llama", "F32", "bfloat16"),
-    "W_pack": ("baichuan2", "BF16", "bfloat16"),
-}
 
 
-def write_zeros(directory, kind, code, **changes):
-    """Write a checkpoint of zeros, which take no space on the disk but memory when they are read."""
-    directory.mkdir()
-    settings = config_json(kind, **changes)
-    (directory / "config.json").write_text(json.dumps(settings))
+def write_safetensors(directory, shapes, code):
+    """Write zeros, which take no space on the disk but memory when they are read."""
     header, end = {}, 0
-    for name, shape in tensor_shapes(settings).items():
+    for name, shape in shapes.items():
         begin, end = end, end + math.prod(shape) * {"F32": 4, "F16": 2, "BF16": 2}[code]
         header[name] = {"dtype": code, "shape": shape, "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
@@ -56,13 +49,33 @@ def write_zeros(directory, kind, code, **changes):
     os.truncate(directory / "model.safetensors", 8 + len(text) + end)
 
 
+def write_bin(directory, shapes, code):
+    dtype = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[code]
+    torch.save(
+        {name: torch.zeros(shape, dtype=dtype) for name, shape in shapes.items()}, directory / "pytorch_model.bin"
+    )
+
+
+CASES = {
+    "float16 to float32": ("llama", "F16", "float32", write_safetensors),
+    "float32 to bfloat16": ("llama", "F32", "bfloat16", write_safetensors),
+    "W_pack": ("baichuan2", "BF16", "bfloat16", write_safetensors),
+    "bin, float16 to float32": ("llama", "F16", "float32", write_bin),
+    "bin, float32 to bfloat16": ("llama", "F32", "bfloat16", write_bin),
+    "bin, W_pack": ("baichuan2-13b", "BF16", "bfloat16", write_bin),
+}
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's account of a process's memory")
 def test_peak_memory_is_at_most_1_15_times_the_weights(tmp_path):
     arguments = []
-    for i, (kind, code, dtype) in enumerate(CASES.values()):
-        write_zeros(tmp_path / f"tiny{i}", kind, code, **TINY)
-        write_zeros(tmp_path / f"large{i}", kind, code, **LARGE)
+    for i, (kind, code, dtype, write) in enumerate(CASES.values()):
+        for name, changes in (("tiny", TINY), ("large", LARGE)):
+            settings, directory = config_json(kind, **changes), tmp_path / f"{name}{i}"
+            directory.mkdir()
+            (directory / "config.json").write_text(json.dumps(settings))
+            write(directory, tensor_shapes(settings), code)
         arguments += [str(tmp_path / f"tiny{i}"), str(tmp_path / f"large{i}"), dtype]
     command = [sys.executable, "-c", MEASURE, *arguments]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)

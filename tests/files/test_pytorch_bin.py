@@ -83,7 +83,7 @@ def test_file_that_calls_a_function_is_rejected_and_nothing_runs(tmp_path, path,
     ("state", "name"),
     [
         ([torch.ones(2)], "by name"),
-        ({1: torch.ones(2)}, "by name"),
+        ({1: torch.ones(2)}, "1 is not the name"),
         ({"state_dict": {"a": torch.ones(2)}}, "state_dict"),
         ({"a": torch.ones(2), "epoch": 3}, "epoch"),
         ({"transposed": torch.ones(2, 3).T}, "transposed"),
