@@ -125,7 +125,7 @@ def test_unsuitable_tensor_of_a_bin_file_is_named(base_copy, name, tensor, messa
         load_model(base_copy)
 
 
-def test_bin_file_in_two_shards_or_with_another_output_layer_is_treated_as_safetensors_are(base_copy, tmp_path):
+def test_output_layer_of_a_tied_model_in_a_bin_file_is_used_if_it_differs(tmp_path):
     tensors = write_checkpoint(tmp_path / "tied", "llama", vocab_size=50)
     change_json(tmp_path / "tied" / "config.json", tie_word_embeddings=True)
     write_bin(tmp_path / "tied")
@@ -135,6 +135,9 @@ def test_bin_file_in_two_shards_or_with_another_output_layer_is_treated_as_safet
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]  # saved once, as torch.save does for a tied model
     torch.save(tensors, tmp_path / "tied" / PICKLED)
     assert load_model(tmp_path / "tied").config.tied
+
+
+def test_tensor_in_two_bin_shards_is_rejected(base_copy):
     weight_map = write_shards(base_copy, single=PICKLED)
     torch.save({name: torch.zeros(2) for name in weight_map}, base_copy / "pytorch_model-1.bin")
     with pytest.raises(ValueError, match=r"pytorch_model-\d\.bin: .* is also in pytorch_model-\d\.bin"):
