@@ -111,3 +111,9 @@ EXPECTED = {
         )
     ],
 }
+
+ANATOMY = """,Question,A,B,C,D,Answer
+0,痛风的关键检查是,尿酸,关节液,夜间咳嗽,风湿科,A
+1,哮喘属于哪个科,风湿科,呼吸科,关节,夜间,B
+2,痛风属于哪个科,夜间,关节,风湿科,呼吸科,C
+"""  # a file of CMMLU that a small model can be asked

@@ -31,14 +31,15 @@ def random_prediction(rng, id, exam="cmb", skill=0.6, multiple_answers=None):
     """Return a prediction of a benchmark's question or, with exam "", of a user's question."""
     letters = "ABCDE"[: rng.choice((4, 5))]
     multiple_answers = rng.random() < 0.3 if multiple_answers is None else multiple_answers
-    answer = "".join(sorted(rng.sample(letters, rng.randint(1, 3)))) if multiple_answers else rng.choice(letters)
+    answer = "".join(sorted(rng.sample(letters, rng.randint(2, 3)))) if multiple_answers else rng.choice(letters)
     if rng.random() < 0.1:
         answer = ""  # not published
 
     def outcome(skill):
         wrong = rng.choice([*letters, "AB", "CD", ""])
         prediction = answer if answer and rng.random() < skill else wrong
-        return Outcome(prediction=prediction, correct=prediction == answer if answer else None)
+        unfinished = prediction == "" and rng.random() < 0.5
+        return Outcome(prediction=prediction, correct=prediction == answer if answer else None, unfinished=unfinished)
 
     scoring = "logits" if exam else "text"
     others = sorted({"logits", "text", "generate"} - {scoring})

@@ -13,8 +13,10 @@ from minidoctor.cli.flags import add_flags, add_model_flags, from_flags
 from minidoctor.cli.main import run
 from minidoctor.cli.processes import start_processes
 from minidoctor.evaluate.compare import compare_files
+from minidoctor.evaluate.inputs import RunConfig
 from minidoctor.evaluate.protocol import EvalConfig
-from minidoctor.evaluate.run import RunConfig, run_evaluation
+from minidoctor.evaluate.run import run_evaluation
+from minidoctor.questions.exams import SUBJECT_LISTS
 
 
 def main() -> None:
@@ -25,10 +27,13 @@ def main() -> None:
     parser.add_argument("--data", nargs="+", default=["data/heldout.jsonl"], help="files or directories of questions")
     parser.add_argument("--dev", nargs="+", default=[], help="files of few-shot examples (default: CMMLU's dev/)")
     parser.add_argument("--answers", default="", help="CMB's file of answers to its test questions")
+    parser.add_argument("--subjects", choices=["all", *SUBJECT_LISTS], default="all", help="CMMLU's subjects (all)")
+    parser.add_argument("--train-questions", nargs="+", default=[], help="training data: report questions not in it")
     parser.add_argument("--limit", type=int, default=0, help="first questions of each file to use (default 0: all)")
     parser.add_argument("--out", default="", help="new JSON file for the predictions; Ctrl-C keeps those that are done")
     parser.add_argument("--resume", action="store_true", help="continue the unfinished --out")
     parser.add_argument("--submission", default="", help="new file for CMB's submission form")
+    parser.add_argument("--report", default="", help="new directory for report.md, a page to cite")
     parser.add_argument("--compare", nargs=2, metavar=("A", "B"), help="compare two results and do nothing else")
     add_flags(parser, EvalConfig)
     flags = vars(parser.parse_args())

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from minidoctor.config import UserError
+from minidoctor.config import check
 from minidoctor.evaluate.protocol import protocol_differences
 from minidoctor.evaluate.records import Prediction, read_result
 from minidoctor.evaluate.summary import RESAMPLES, Interval
@@ -41,13 +41,12 @@ def compare(a: list[Prediction], b: list[Prediction]) -> Comparison:
     def identity(p: Prediction) -> tuple[str, str, str]:
         return p.id, p.question_sha256, "".join(sorted(p.answer)) if p.n_options else p.answer
 
-    if list(map(identity, a)) != list(map(identity, b)):
-        raise UserError("the two results are not of the same questions in the same order")
+    same = list(map(identity, a)) == list(map(identity, b))
+    check(same, "the two results are not of the same questions in the same order")
     has_choice = any(p.n_options for p in a)
     pairs = [(p.correct, q.correct) for p, q in zip(a, b, strict=True) if p.n_options or not has_choice]
     counts = Counter(pair for pair in pairs if None not in pair)
-    if not counts:
-        raise UserError("the two results have no question in common whose answer is known")
+    check(bool(counts), "the two results have no question in common whose answer is known")
     n, only_a, only_b = counts.total(), counts[True, False], counts[False, True]
     both = counts[True, True]
     draws = np.random.default_rng(0).multinomial(n, [only_a / n, only_b / n, (n - only_a - only_b) / n], RESAMPLES)
@@ -60,8 +59,7 @@ def compare_files(path_a: str, path_b: str) -> str:
     """Compare two result files, as text. Raises FileNotFoundError or UserError."""
     a, b = read_result(Path(path_a)), read_result(Path(path_b))
     for path, result in ((path_a, a), (path_b, b)):
-        if not result.complete:
-            raise UserError(f"{path}: an unfinished evaluation, of the longest questions only; --resume continues it")
+        check(result.complete, f"{path}: an unfinished evaluation, of the longest questions only; use --resume")
     c = compare(a.predictions, b.predictions)
     low, high = c.interval
     return (

@@ -31,7 +31,6 @@ from minidoctor.questions.rows import Row
 from minidoctor.text.tokenizer import Tokenizer
 
 SAVE_INTERVAL = 60  # seconds
-ROW_FIELDS = ("id", "exam", "topic", "language", "multiple_answers", "metadata")  # copied to the prediction
 
 
 class Result(NamedTuple):
@@ -43,9 +42,11 @@ def applicable_methods(config: EvalConfig, row: Row) -> list[str]:
     """Return the scoring methods that apply to a row, its headline first.
 
     By default the headline of the user's questions is `text`: a small base model can recall facts long before it can
-    point at an option by its letter.
+    point at an option by its letter. That of a benchmark is the most probable answer in letters.
     """
-    auto = ["logits"] if row.exam else ["text", "logits", *([] if config.raw else ["loss"])]
+    auto = ["text", "logits", *([] if config.raw else ["loss"])]
+    if row.exam:
+        auto = ["sets", "logits"] if row.multiple_answers else ["logits"]
     methods = dict.fromkeys(name for method in config.score for name in (auto if method == "auto" else [method]))
     if not row.options:
         methods = dict.fromkeys(["generate", *(method for method in methods if method == "loss")])
@@ -56,11 +57,10 @@ def judge(row: Row, outcome: Outcome) -> Outcome:
     """Return the outcome with its prediction, and whether that is correct. Letters are compared as a set."""
     if outcome.nll is not None:
         return outcome
-    reply = outcome.reply or ""
+    reply = "" if outcome.unfinished else outcome.reply or ""
     if not row.options:
-        return replace(outcome, prediction=reply, correct=contains(reply, row.answer))
-    generated = outcome.reply is not None
-    letters = read_letters(reply, row.options) if generated else decide(outcome.scores, row.multiple_answers)
+        return replace(outcome, prediction=outcome.reply or "", correct=contains(reply, row.answer))
+    letters = read_letters(reply, row.options) if reply else decide(outcome.scores, row.multiple_answers)
     correct = set(letters) == set(row.answer) if row.answer else None
     return replace(outcome, prediction="".join(sorted(letters)), correct=correct)
 
@@ -70,11 +70,11 @@ def sha256(text: str) -> str:
 
 
 def make_prediction(question: PromptedQuestion, config: EvalConfig, outcomes: dict[str, Outcome]) -> Prediction:
-    row = question.row
+    row, copied = question.row, ("id", "exam", "topic", "language", "multiple_answers", "metadata")
     headline = applicable_methods(config, row)[0]
     outcome = outcomes.get(headline)
     return Prediction(
-        **{name: getattr(row, name) for name in ROW_FIELDS},
+        **{name: getattr(row, name) for name in copied},
         **{name: getattr(question, name) for name in ("shots", "file", "trained_on")},
         answer="".join(sorted(row.answer)) if row.options else row.answer,
         prediction=outcome.prediction if outcome else None,
@@ -93,11 +93,10 @@ def prompt_rows(
     prompter: Prompter, rows: Sequence[Row], pool: Sequence[Row], context: int, show: bool = True
 ) -> list[PromptedQuestion]:
     """Return the prompts of all rows for a model with this context length, with few-shot examples from `pool`."""
-    config = prompter.config
     # Room for the answer is worth more than another example.
-    limit = max(1, context - config.max_new_tokens) if "generate" in config.score else context
+    limit = max(1, context - prompter.max_new_tokens) if "generate" in prompter.config.score else context
     progress = tqdm(rows, desc="prompts", leave=False, disable=not show, delay=2)
-    return [prompter.prompt_question(row, choose_shots(row, pool, config.shots), limit) for row in progress]
+    return [prompter.prompt_question(row, choose_shots(row, pool, prompter.config.shots), limit) for row in progress]
 
 
 @dataclass

@@ -17,8 +17,10 @@ from minidoctor.batching import IGNORE, Example
 from minidoctor.config import LARGEST, UserError
 from minidoctor.evaluate.protocol import EvalConfig
 from minidoctor.files.json_files import read_text
+from minidoctor.questions.exams import SUBJECTS
 from minidoctor.questions.rows import Row, conversation
 from minidoctor.text.backends import INSIDE
+from minidoctor.text.chat_formats import CHAT_FORMATS
 from minidoctor.text.tokenizer import Tokenizer, encode_conversation
 
 
@@ -29,12 +31,12 @@ class Prompt(NamedTuple):
     head: str = ""
     bare: str | None = None  # the item of a question that lacks a value for a slot of `item`
     option: str = "{letter}. {text}"
-    shot: str = "{item}{answer}\n\n"  # with few-shot examples the question itself is this, up to the answer
+    shot: str = "{item}\n{answer}\n\n"  # with few-shot examples the question itself is this, up to the answer
 
 
 PROMPTS = {
     # Multiple choice as questions/rows.py formats it for training.
-    "own": Prompt("{question}\n{options}", shot="{item}\n{answer}\n\n"),
+    "own": Prompt("{question}\n{options}"),
     # https://github.com/FreedomIntelligence/CMB, workers/base.py. We keep options of one character, which it drops.
     # Few-shot examples as in its README, with the letter as the answer; the first ones instead of random ones.
     "cmb": Prompt(
@@ -47,6 +49,7 @@ PROMPTS = {
     "cmmlu": Prompt(
         "题目：{question}\n{options}\n答案是：",
         head="以下是关于{subject}的单项选择题，请直接给出正确答案的选项。\n\n",
+        shot="{item}{answer}\n\n",
     ),
     # https://github.com/williamliujl/CMExam, src/preprocess/prompt_templates.py. There the model has to generate
     # "答案: " first, here the prompt ends with it, so that the letter comes next. It has no few-shot form.
@@ -57,19 +60,9 @@ PROMPTS = {
     "huatuo": Prompt(
         "请回答下面选择题。\n[{question_type}]{question}\n{options}",
         bare="请回答下面选择题。\n{question}\n{options}",
-        shot="{item}\n{answer}\n\n",
     ),
-}
-# Chinese names of CMMLU's medical subjects: https://github.com/haonan-li/CMMLU, src/categories.py
-SUBJECTS = {
-    "anatomy": "解剖学",
-    "clinical_knowledge": "临床知识",
-    "college_medicine": "大学医学",
-    "genetics": "遗传学",
-    "nutrition": "营养学",
-    "professional_medicine": "专业医学",
-    "traditional_chinese_medicine": "中医中药",
-    "virology": "病毒学",
+    # https://github.com/FreedomIntelligence/HuatuoGPT-o1, evaluation/eval.py, in English for every language.
+    "huatuo-o1": Prompt("Please answer the following multiple-choice question:\n{question}\n{options}"),
 }
 SLOTS = ("question", "options", "subject", "exam_type", "exam_class", "exam_subject", "question_type")
 SLOT = re.compile(r"\{(\w+)\}")
@@ -145,6 +138,11 @@ def compose(row: Row, prompt: Prompt, shots: list[Row], raw: bool = False) -> tu
     return head, last
 
 
+def common_prefix_len(sequences: list[list[int]]) -> int:
+    first, last = min(sequences), max(sequences)  # in sorted order these two differ earliest
+    return next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
+
+
 def answer_example(prompt: list[int], answer: list[int]) -> Example:
     return Example((prompt + answer)[:-1], [IGNORE] * (len(prompt) - 1) + answer)
 
@@ -155,28 +153,24 @@ class Prompter:
     def __init__(self, tokenizer: Tokenizer, config: EvalConfig):
         self.tokenizer, self.config = tokenizer, config
         self.prompt = None if config.prompt == "auto" else load_prompt(config.prompt)
-
-    def choose_prompt(self, row: Row) -> Prompt:
-        return self.prompt or PROMPTS[row.exam or "own"]
+        format = tokenizer.format if tokenizer.format and not config.raw else CHAT_FORMATS["plain"]
+        self.max_new_tokens = config.max_new_tokens or format.max_new_tokens
+        self.opens_reasoning = tokenizer.opens_reasoning and not config.raw  # a prompt ends within the reasoning
 
     def tokens(self, text: str) -> list[int]:
         if self.config.raw:
             return self.tokenizer.start + self.tokenizer.encode(text)
         return self.tokenizer.chat([{"role": "user", "content": text}])
 
-    def answer_tokens(self, text: str, answer: str) -> list[int]:
-        """Return the tokens of an answer after this prompt: "A" in a chat or after 答案是：, " A" after Answer:"""
-        if self.config.raw:
-            space = " " if text and text[-1].isascii() and not text[-1].isspace() else ""
-            return self.tokenizer.encode(space + answer, INSIDE)
-        turns = self.tokenizer.chat_turns([{"role": "user", "content": "?"}, {"role": "assistant", "content": answer}])
-        return next(ids for ids, is_answer in turns if is_answer)  # without the end-of-turn token
-
     def example(self, question: str, answer: str) -> Example:
-        """Return the bare question followed by an answer, with the targets on the answer."""
+        """Return the bare question followed by an answer, with the targets on the answer and, in a chat, on its end.
+
+        Raw text has a space between a half-width character and the answer: " A" after "Answer:", "A" after "答案是："
+        """
         if not self.config.raw:
             return encode_conversation(conversation(question, answer), self.tokenizer, LARGEST)
-        return answer_example(self.tokens(question), self.answer_tokens(question, answer))
+        space = " " if question and question[-1].isascii() and not question[-1].isspace() else ""
+        return answer_example(self.tokens(question), self.tokenizer.encode(space + answer, INSIDE))
 
     def prompt_question(self, row: Row, shots: list[Row], limit: int) -> PromptedQuestion:
         """Return the row's prompt, with fewer examples if it would exceed `limit` tokens; a free-form question bare.
@@ -186,7 +180,7 @@ class Prompter:
         if not row.options:
             tokens = self.tokens(row.question) if self.config.raw else self.tokenizer.chat(row.messages[:-1])
             return PromptedQuestion(row, row.question, tokens, "", 0)
-        prompt = self.choose_prompt(row)
+        prompt = self.prompt or PROMPTS[row.exam or "own"]
         while True:
             head, item = compose(row, prompt, shots, self.config.raw)
             tokens = self.tokens(head + item)
@@ -200,19 +194,17 @@ class Prompter:
         That is one token per letter, unless the vocabulary spells some in several. Raises UserError if two are equal.
         """
         letters = list(question.row.options)
-        spelled = [self.answer_tokens(question.text, letter) for letter in letters]
+        spelled = [[i for i in self.example(question.text[-1:], x).targets if i != IGNORE] for x in letters]
         if len(set(map(tuple, spelled))) < len(letters):
             raise UserError(f"the tokenizer has equal tokens for two of the letters {', '.join(letters)}: score text")
-        # A common beginning, such as a space that is a separate token, belongs to the prompt.
-        same = 0
-        while all(len(ids) > same + 1 and ids[same] == spelled[0][same] for ids in spelled):
-            same += 1
-        end = 0  # A common end is not scored: in llama2's format a space follows every answer.
-        while all(len(ids) > same + end + 1 and ids[-1 - end] == spelled[0][-1 - end] for ids in spelled):
-            end += 1
+        # A common beginning, such as a space that is a separate token, belongs to the prompt. A common end, such as the
+        # end of the turn, is not scored.
+        longest = min(map(len, spelled)) - 1
+        same = min(longest, common_prefix_len(spelled))
+        end = min(longest - same, common_prefix_len([ids[::-1] for ids in spelled]))
         prompt = question.tokens + spelled[0][:same]
-        scored = [ids[same : len(ids) - end] for ids in spelled]
-        return {letter: answer_example(prompt, ids) for letter, ids in zip(letters, scored, strict=True)}
+        scored = (answer_example(prompt, ids[same : len(ids) - end]) for ids in spelled)
+        return dict(zip(letters, scored, strict=True))
 
 
 def choose_shots(row: Row, pool: Sequence[Row], n: int) -> list[Row]:
@@ -222,8 +214,8 @@ def choose_shots(row: Row, pool: Sequence[Row], n: int) -> list[Row]:
         about = question.metadata
         return (about.get("exam_type"), about.get("exam_class")) if question.exam == "cmb" else (question.topic,)
 
-    def first(same: bool) -> list[Row]:
-        usable = (shot for shot in pool if shot.options and shot.answer and shot.question != row.question)
-        return list(islice((shot for shot in usable if not same or kind(shot) == kind(row)), n))
+    def usable(shot: Row) -> bool:
+        return bool(shot.options and shot.answer) and shot.question != row.question
 
-    return first(same=True) or first(same=False)
+    same = (shot for shot in pool if kind(shot) == kind(row) and usable(shot))
+    return list(islice(same, n)) or list(islice(filter(usable, pool), n))

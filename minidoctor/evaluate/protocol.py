@@ -9,7 +9,7 @@ from typing import Any
 
 from minidoctor.config import check, check_range, flag
 
-METHODS = ("logits", "text", "generate", "loss")
+METHODS = ("logits", "sets", "text", "generate", "loss")
 
 
 @dataclass(frozen=True)
@@ -18,18 +18,19 @@ class EvalConfig:
 
     score: tuple[str, ...] = flag(
         ("auto",),
-        "scoring methods separated by commas, the first gives the headline accuracy: logits (option letters), text "
-        "(option texts), generate (generated answers), loss (auto: logits for a benchmark, else text,logits,loss)",
+        "scoring methods separated by commas, the first gives the headline accuracy: logits (option letters), sets "
+        "(sets of letters), text (option texts), generate (generated answers), loss (auto: logits for a benchmark, "
+        "sets,logits if several letters are correct; else text,logits,loss; generate for a model that reasons)",
     )
-    prompt: str = flag("auto", "own, cmb, cmmlu, cmexam, huatuo or a file (auto: the prompt of the benchmark)")
+    prompt: str = flag("auto", "own, cmb, cmmlu, cmexam, huatuo, huatuo-o1 or a file (auto: that of the benchmark)")
     shots: int = flag(0, "few-shot examples per prompt, taken from --dev")
     raw: bool = flag(False, "text completion: the prompt without a chat format")
     batch_size: int = flag(16, "maximum number of questions per batch; does not change the answers in float32")
-    max_new_tokens: int = flag(64, "maximum length of a generated answer in tokens (reasoning models need more)")
+    max_new_tokens: int = flag(0, "maximum length of a generated answer in tokens (0: that of the chat format)")
 
     def __post_init__(self) -> None:
-        check_range(self, "shots", low=0)
-        check_range(self, "batch_size", "max_new_tokens")
+        check_range(self, "shots", "max_new_tokens", low=0)
+        check_range(self, "batch_size")
         for method in self.score:
             check(method in (*METHODS, "auto"), f"score must be some of auto, {', '.join(METHODS)}, got {method!r}")
         check(len(set(self.score)) == len(self.score) > 0, f"score must list each method once, got {self.score}")

@@ -45,7 +45,7 @@ class Prediction:
     prompt_sha256: str
     shots: int
     file: str
-    trained_on: bool | None  # None: the model has no adapter, or one that does not record its training questions
+    trained_on: bool | None  # occurs in the training questions; None: these are unknown
 
 
 class ResultFile(NamedTuple):

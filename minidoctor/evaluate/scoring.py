@@ -1,18 +1,19 @@
 """The scoring methods: how a model's answer to a question is obtained.
 
     logits     log-probability of each option's letter as the next token
+    sets       log-likelihood of each set of letters as the whole answer ("AC" and the end of the turn)
     text       log-likelihood of each option's text as the answer to the bare question, per token and per character
     generate   greedy decoding; extraction.py reads the letters
     loss       negative log-likelihood of the correct answer
 
-Batches contain questions of similar length. The tokens that all prompts of a subject begin with (system message,
-few-shot examples) are computed once. In float32 this changes a score by less than TIE. In bfloat16, with 8 significant
-bits, options with close scores can swap.
+The tokens that all prompts of a subject begin with (system message, few-shot examples) are computed once. In float32,
+this and batching change a score by less than TIE. In bfloat16, options with close scores can swap.
 """
 
 import math
 import re
 from collections.abc import Callable, Iterator
+from itertools import chain, combinations
 from typing import NamedTuple
 
 import torch
@@ -20,24 +21,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minidoctor.batching import IGNORE, Example
-from minidoctor.config import SampleConfig
-from minidoctor.evaluate.prompts import PromptedQuestion, Prompter
+from minidoctor.config import SampleConfig, check
+from minidoctor.evaluate.prompts import PromptedQuestion, Prompter, common_prefix_len
 from minidoctor.evaluate.records import Outcome
 from minidoctor.generate import NonFiniteLogits, complete, prefill
 from minidoctor.model import KVCache, Model
+from minidoctor.text.reasoning import final_part
 from minidoctor.text.tokenizer import encode_conversation
 
-# Larger batches only cost memory. On a CPU the matrix products are at full speed much earlier, and the activations of
-# 4,096 tokens do not fit into its caches: 300 questions of CMMLU took 162 s in batches of 16 and 125 s in batches of 4
-# (one core of an AMD EPYC, SmolLM2-135M, 2026-11-25).
+# A CPU has its full speed in small batches, whose activations fit into its caches: README.md has the measurements.
 MAX_BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}
 MIN_SHARED_TOKENS = 16  # with fewer common tokens a cache costs more than it saves
-# Nats. Scores that differ by less are equal: batching and the shared prefix change a score by up to 3e-5 (SmolLM2-135M
-# in float32, 120 questions, 2026-11-24) and would otherwise decide between equal options.
-TIE = 1e-4
+TIE = 1e-4  # nats; scores that differ by less are equal: batching and shared prefixes change a score by up to 3e-5
+MAX_SET_OPTIONS = 10  # 1,013 sets of at least two letters
 # Without a chat format nothing ends the answer, and a base model continues with further questions. Cut before them.
 NEXT_QUESTION = re.compile(r"\n\s*\n|\n(?:题目|问题?|Question)\s*[:：]")
-
 
 Outcomes = Iterator[tuple[int, dict[str, Outcome]]]  # index of the question, and its outcomes by method
 
@@ -50,10 +48,7 @@ class Span(NamedTuple):
     group: str
 
 
-class PrefixedBatch(NamedTuple):
-    indices: list[int]
-    prefix_len: int
-    prefix: KVCache | None  # one row that contains the prefix
+PrefixedBatch = tuple[list[int], int, KVCache | None]  # indices, length of the shared prefix, its cache of one row
 
 
 def prefixed_batches(model: Model, spans: list[Span], batch_size: int) -> Iterator[PrefixedBatch]:
@@ -67,15 +62,13 @@ def prefixed_batches(model: Model, spans: list[Span], batch_size: int) -> Iterat
         prefix = prefill(model, spans[members[0]].tokens[:prefix_len]) if prefix_len else None
         while members:
             size = max(1, min(batch_size, max_tokens // (len(spans[members[0]].tokens) - prefix_len)))
-            yield PrefixedBatch(members[:size], prefix_len, prefix)
+            yield members[:size], prefix_len, prefix
             members = members[size:]
 
 
 def shared_prefix_len(group: list[Span]) -> int:
     """Return how many leading tokens are common and not needed as hidden states; 0 if too few to be worth a cache."""
-    # The first and the last in sorted order differ earliest.
-    first, last = min(span.tokens for span in group), max(span.tokens for span in group)
-    same = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
+    same = common_prefix_len([span.tokens for span in group])
     same = min(same, *(len(span.tokens) - span.n for span in group))
     return same if len(group) > 1 and same >= MIN_SHARED_TOKENS else 0
 
@@ -84,7 +77,6 @@ def shared_prefix_len(group: list[Span]) -> int:
 def hidden_states(model: Model, spans: list[Span], batch_size: int) -> Iterator[tuple[list[int], list[Tensor]]]:
     """Yield batches of indices and, for each index, the hidden states (n, D) of its last n tokens."""
     device = model.lm_head.weight.device
-    source, cache = None, None
     for indices, prefix_len, prefix in prefixed_batches(model, spans, batch_size):
         rows = [spans[i].tokens[prefix_len:] for i in indices]
         longest = max(map(len, rows))
@@ -92,26 +84,21 @@ def hidden_states(model: Model, spans: list[Span], batch_size: int) -> Iterator[
         if prefix is None:
             hidden, _ = model.hidden(tokens)  # (B, T, D)
         else:
-            # The first batch of a group has the longest rows, but later ones may have more.
-            if source is not prefix or cache is None or cache.keys.shape[1] < len(rows):
-                source, cache = prefix, prefix.expand(model.config, len(rows), prefix_len + longest)
-            cache.truncate(prefix_len)
             positions = prefix_len + torch.arange(longest, device=device).expand_as(tokens)  # (B, T)
+            cache = prefix.expand(model.config, len(rows), prefix_len + longest)
             hidden, _ = model.hidden(tokens, positions, cache)  # (B, T, D)
-        ends = [len(row) for row in rows]
-        yield indices, [hidden[b, ends[b] - spans[i].n : ends[b]] for b, i in enumerate(indices)]
-
-
-Likelihood = tuple[float, int]  # log-likelihood of an example's targets in nats, number of targets
+            del cache  # before the next one is allocated
+        yield indices, [hidden[b, len(rows[b]) - spans[i].n : len(rows[b])] for b, i in enumerate(indices)]
 
 
 @torch.inference_mode()
 def likelihoods(
     model: Model, examples: list[dict[str, Example]], groups: list[str], batch_size: int
-) -> Iterator[tuple[int, dict[str, Likelihood]]]:
-    """Yield the index and the likelihoods of each question's examples, {} if one does not fit into the context.
+) -> Iterator[tuple[int, dict[str, tuple[float, int]]]]:
+    """Yield the index and, of each of the question's examples, the log-likelihood in nats and the number of targets.
 
-    Examples with the same input are computed once: before letters of one token each, that is the prompt.
+    There are none if one example does not fit into the context. Examples with the same input, such as the prompt
+    before letters of one token each, are computed once.
     """
     inputs: dict[tuple[int, int, tuple[int, ...]], list[str]] = {}
     for i, options in enumerate(examples):
@@ -121,7 +108,7 @@ def likelihoods(
         for name, example in options.items():
             first = next(t for t, target in enumerate(example.targets) if target != IGNORE)
             inputs.setdefault((i, len(example.tokens) - first, tuple(example.tokens)), []).append(name)
-    results: list[dict[str, Likelihood]] = [{} for _ in examples]
+    results: list[dict[str, tuple[float, int]]] = [{} for _ in examples]
     keys, spans = list(inputs), [Span(list(tokens), n, groups[i]) for i, n, tokens in inputs]
     for indices, hidden in hidden_states(model, spans, batch_size):
         for k, states in zip(indices, hidden, strict=True):
@@ -137,22 +124,32 @@ def likelihoods(
 
 
 def score_option_letters(model: Model, prompter: Prompter, questions: list[PromptedQuestion]) -> Outcomes:
-    """Score each option by the log-probability of its letter after the prompt, in nats.
-
-    A letter that the vocabulary spells in several tokens has the sum of theirs.
-    """
+    """Score each option by the log-probability of its letter after the prompt, summed over its tokens, in nats."""
     examples, heads = [prompter.letter_examples(q) for q in questions], [q.head for q in questions]
     for i, letters in likelihoods(model, examples, heads, prompter.config.batch_size):
         scores = {letter: score for letter, (score, _) in letters.items()}
         yield i, {"logits": Outcome(scores, too_long=not scores)}
 
 
-def score_option_text(model: Model, prompter: Prompter, questions: list[PromptedQuestion]) -> Outcomes:
-    """Score each option by the log-likelihood of its text as the answer to the bare question, in nats.
+def score_letter_sets(model: Model, prompter: Prompter, questions: list[PromptedQuestion]) -> Outcomes:
+    """Score each answer that consists of letters by its log-likelihood after the prompt, with its end, in nats.
 
-    The sum over its tokens (in a chat including the end of the turn) is divided by their number or by the number of
-    characters. The first favours texts of frequent words, the second texts that the tokenizer has as few tokens.
+    That is each letter or, if several are correct, each set of at least two, regardless of how many are. The best of
+    them is the most probable answer of a model that may generate letters only.
     """
+    end = "\n" if prompter.config.raw else ""  # a chat format has a token that ends the answer
+    for i in sorted(range(len(questions)), key=lambda i: -len(questions[i].tokens)):
+        letters, several = sorted(questions[i].row.options), questions[i].row.multiple_answers
+        check(len(letters) <= MAX_SET_OPTIONS, f"score sets: question {questions[i].row.id} has {len(letters)} options")
+        sets = (combinations(letters, size) for size in (range(2, len(letters) + 1) if several else (1,)))
+        names = map("".join, chain(*sets))
+        examples = {name: prompter.example(questions[i].text, name + end) for name in names}
+        ((_, answers),) = likelihoods(model, [examples], [""], 4 * prompter.config.batch_size)
+        yield i, {"sets": Outcome({name: score for name, (score, _) in answers.items()}, too_long=not answers)}
+
+
+def score_option_text(model: Model, prompter: Prompter, questions: list[PromptedQuestion]) -> Outcomes:
+    """Score each option by the log-likelihood of its text as the answer to the bare question, in nats, normalized."""
     rows = [question.row for question in questions]
     examples = [{k: prompter.example(row.question, text) for k, text in row.options.items()} for row in rows]
     for i, texts in likelihoods(model, examples, [""] * len(rows), 4 * prompter.config.batch_size):
@@ -169,22 +166,23 @@ def score_generated(model: Model, prompter: Prompter, questions: list[PromptedQu
     fits = [i for i, span in enumerate(spans) if len(span.tokens) < model.config.max_seq_len]
     for i in sorted(set(range(len(spans))) - set(fits)):
         yield i, {"generate": Outcome(too_long=True)}
-    sampling = SampleConfig(temperature=0.0, max_new_tokens=config.max_new_tokens)
+    sampling = SampleConfig(temperature=0.0, max_new_tokens=prompter.max_new_tokens)
     for indices, prefix_len, prefix in prefixed_batches(model, [spans[i] for i in fits], config.batch_size):
         prompts = [spans[fits[k]].tokens[prefix_len:] for k in indices]
         answers = complete(model, prompts, sampling, prompter.tokenizer.eos_ids, prefix)
         for k, ids in zip(indices, answers, strict=True):
             reply = prompter.tokenizer.decode(ids)
-            limit = min(config.max_new_tokens, model.config.max_seq_len - len(spans[fits[k]].tokens))
+            limit = min(prompter.max_new_tokens, model.config.max_seq_len - len(spans[fits[k]].tokens))
             answer = NEXT_QUESTION.split(reply.lstrip(), maxsplit=1) if config.raw else [reply]
             truncated = len(ids) >= limit and len(answer) == 1
-            yield fits[k], {"generate": Outcome(reply=answer[0], truncated=truncated)}
+            unfinished = final_part(answer[0], truncated and prompter.opens_reasoning) is None
+            yield fits[k], {"generate": Outcome(reply=answer[0], truncated=truncated, unfinished=unfinished)}
 
 
 def score_loss(model: Model, prompter: Prompter, questions: list[PromptedQuestion]) -> Outcomes:
     """Return the negative log-likelihood of the correct answer as training formats it, in nats."""
-    limit = model.config.max_seq_len
-    examples = [{"": encode_conversation(q.row.messages, prompter.tokenizer, limit)} for q in questions]
+    tokenizer, limit = prompter.tokenizer, model.config.max_seq_len
+    examples = [{"": encode_conversation(q.row.messages, tokenizer, limit)} for q in questions]
     for i, answer in likelihoods(model, examples, [""] * len(examples), prompter.config.batch_size):
         score, n_tokens = answer.get("", (0.0, 0))
         yield i, {"loss": Outcome(nll=-score, n_tokens=n_tokens)}
@@ -192,6 +190,7 @@ def score_loss(model: Model, prompter: Prompter, questions: list[PromptedQuestio
 
 SCORERS: dict[str, Callable[[Model, Prompter, list[PromptedQuestion]], Outcomes]] = {
     "logits": score_option_letters,
+    "sets": score_letter_sets,
     "text": score_option_text,
     "generate": score_generated,
     "loss": score_loss,
@@ -201,12 +200,12 @@ SCORERS: dict[str, Callable[[Model, Prompter, list[PromptedQuestion]], Outcomes]
 def decide(scores: dict[str, float], multiple_answers: bool) -> str:
     """Return the letters that the scores select, "" without scores.
 
-    One correct letter: the highest score, the first of equal ones (within TIE). Several: every letter whose score is
-    at least the mean, which for logits means a probability of at least the geometric mean.
+    One correct letter, or scores of sets: the highest score, the first of equal ones (within TIE). Several: every
+    letter whose score is at least the mean, which for logits means a probability of at least the geometric mean.
     """
     if not scores:
         return ""
     best, mean = max(scores.values()), sum(scores.values()) / len(scores)
-    if multiple_answers:
+    if multiple_answers and max(map(len, scores)) == 1:
         return "".join(letter for letter, score in scores.items() if score >= mean - TIE)
     return next(letter for letter, score in scores.items() if score >= best - TIE)

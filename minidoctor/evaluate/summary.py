@@ -31,17 +31,8 @@ class MethodSummary(Accuracy):
 
     single_answer: Accuracy
     multiple_answers: Accuracy
-    unanswered: int
-
-
-@dataclass(frozen=True)
-class FileSummary:
-    """The questions of one file, and the accuracy on those that the adapter was not trained on."""
-
-    n: int
-    n_trained_on: int | None  # None: not recorded
-    others: Accuracy  # multiple choice
-    free_form_others: Accuracy
+    unanswered: int  # no readable letters
+    unfinished: int  # ended before the reasoning did
 
 
 @dataclass(frozen=True)
@@ -64,7 +55,16 @@ class Summary(MethodSummary):
     subjects: dict[str, MethodSummary] = field(default_factory=dict)  # of a benchmark, as the next two
     parts: dict[str, MethodSummary] = field(default_factory=dict)  # CMB: exam types, CMMLU: subjects
     mean_of_parts: Accuracy | None = None  # the accuracy that the benchmark publishes
-    files: dict[str, FileSummary] = field(default_factory=dict)
+    files: dict[str, "FileSummary"] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class FileSummary:
+    """The questions of one file, and a summary of those that do not occur in the training questions."""
+
+    n: int
+    n_trained_on: int | None  # None: the training questions are unknown
+    others: Summary
 
 
 def bootstrap_interval(groups: list[tuple[int, int]]) -> Interval | None:
@@ -88,24 +88,29 @@ def mean_accuracy(marks: list[bool]) -> Accuracy:
 def summarize_method(predictions: Iterable[Prediction], method: str = "") -> MethodSummary:
     """Summarize one scoring method, by default the headline of each question."""
     pairs = [(p, p.outcomes.get(method or p.scoring or "")) for p in predictions]
-    marks = [(p.multiple_answers, o.correct, o.prediction) for p, o in pairs if o and o.correct is not None]
+    marked = [(p.multiple_answers, o) for p, o in pairs if o and o.correct is not None]
+
+    def accuracy(*kinds: bool) -> Accuracy:
+        return mean_accuracy([bool(o.correct) for multiple_answers, o in marked if multiple_answers in kinds])
+
     return MethodSummary(
-        **vars(mean_accuracy([correct for _, correct, _ in marks])),
-        single_answer=mean_accuracy([correct for multiple, correct, _ in marks if not multiple]),
-        multiple_answers=mean_accuracy([correct for multiple, correct, _ in marks if multiple]),
-        unanswered=sum(prediction == "" for _, _, prediction in marks),
+        **vars(accuracy(False, True)),
+        single_answer=accuracy(False),
+        multiple_answers=accuracy(True),
+        unanswered=sum(o.prediction == "" and not o.unfinished for _, o in marked),
+        unfinished=sum(o.unfinished for _, o in marked),
     )
 
 
 def trivial_baselines(predictions: list[Prediction]) -> dict[str, float | None]:
     """Return the accuracies of the trivial baselines on the same questions.
 
-    Chance is a random letter or, for a question with several correct letters, a random non-empty set of letters.
+    Chance is a random letter or, for a question with several correct letters, a random set of at least two.
     """
     marked = [p for p in predictions if p.correct is not None]
     if not marked:
         return dict.fromkeys(("random", "most_frequent", "longest_option"))
-    chance = [1 / (2**p.n_options - 1 if p.multiple_answers else p.n_options) for p in marked]
+    chance = [1 / (2**p.n_options - p.n_options - 1 if p.multiple_answers else p.n_options) for p in marked]
     return {
         "random": math.fsum(chance) / len(marked),
         "most_frequent": Counter(p.answer for p in marked).most_common(1)[0][1] / len(marked),
@@ -138,19 +143,18 @@ def summarize(predictions: list[Prediction]) -> Summary:
     )
 
 
-def group_by(predictions: Iterable[Prediction], key: Callable[[Prediction], str]) -> dict[str, list[Prediction]]:
+def group_by(predictions: list[Prediction], key: Callable[[Prediction], str]) -> dict[str, list[Prediction]]:
+    """Return the predictions by their key, without those whose key is ""."""
     groups: dict[str, list[Prediction]] = {}
     for p in predictions:
-        groups.setdefault(key(p), []).append(p)
+        if key(p):
+            groups.setdefault(key(p), []).append(p)
     return groups
 
 
-def exam_part(p: Prediction) -> str:
-    return {"cmb": p.metadata.get("exam_type", ""), "cmmlu": p.topic}.get(p.exam, "")
-
-
 def summarize_exam(predictions: list[Prediction]) -> Summary:
-    parts = group_by((p for p in predictions if p.correct is not None and exam_part(p)), exam_part)
+    keys = {"cmb": lambda p: p.metadata.get("exam_type", ""), "cmmlu": lambda p: p.topic}
+    parts = group_by([p for p in predictions if p.correct is not None], keys.get(predictions[0].exam, lambda p: ""))
     counts = [(sum(bool(p.correct) for p in part), len(part)) for part in parts.values()]
     mean = sum(correct / n for correct, n in counts) / len(counts) if counts else None
     return replace(
@@ -162,24 +166,16 @@ def summarize_exam(predictions: list[Prediction]) -> Summary:
 
 
 def summarize_file(predictions: list[Prediction]) -> FileSummary:
-    others = [p for p in predictions if p.correct is not None and not p.trained_on]
     marks = [p.trained_on for p in predictions]
-    return FileSummary(
-        n=len(predictions),
-        n_trained_on=None if None in marks else sum(map(bool, marks)),
-        others=mean_accuracy([bool(p.correct) for p in others if p.n_options]),
-        free_form_others=mean_accuracy([bool(p.correct) for p in others if not p.n_options]),
-    )
+    n_trained_on = None if None in marks else sum(map(bool, marks))
+    return FileSummary(len(predictions), n_trained_on, summarize([p for p in predictions if not p.trained_on]))
 
 
 def full_summary(predictions: list[Prediction]) -> Summary:
     """Summarize all questions, those of each language and file, and those of each benchmark with its parts."""
-    languages = group_by(predictions, lambda p: p.language)
-    files = group_by((p for p in predictions if p.file), lambda p: p.file)
-    exams = group_by((p for p in predictions if p.exam), lambda p: p.exam)
     return replace(
         summarize(predictions),
-        languages={name: summarize(languages[name]) for name in sorted(languages)},
-        exams={name: summarize_exam(group) for name, group in exams.items()},
-        files={name: summarize_file(group) for name, group in files.items()},
+        languages={name: summarize(p) for name, p in sorted(group_by(predictions, lambda p: p.language).items())},
+        exams={name: summarize_exam(group) for name, group in group_by(predictions, lambda p: p.exam).items()},
+        files={name: summarize_file(group) for name, group in group_by(predictions, lambda p: p.file).items()},
     )

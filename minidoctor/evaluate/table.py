@@ -8,14 +8,16 @@ BASELINES = {
     "most_frequent": "always the most frequent answer",
     "longest_option": "always the longest option",
 }
+COUNTS = ("unanswered", "unfinished")
 
 
 def line(name: str, method: str | None, accuracy: Accuracy, n: int | None = None) -> str:
     low, high = accuracy.interval or (0.0, 0.0)
     interval = f"{low:.1%} - {high:.1%}" if low < high else ""
     share = "-" if accuracy.accuracy is None else f"{accuracy.accuracy:.1%}"
-    unanswered = getattr(accuracy, "unanswered", 0) or ""
-    return f"{name:32}{method:20}{share:>8}  {interval:17}{n or accuracy.n:>6}{unanswered:>12}".rstrip()
+    counts = [getattr(accuracy, count, 0) for count in COUNTS]
+    shares = "".join(f"{f'{count} ({count / accuracy.n:.1%})' if count else '':>15}" for count in counts)
+    return f"{name:32}{method:20}{share:>8}  {interval:17}{n or accuracy.n:>6}{shares}".rstrip()
 
 
 def group_lines(name: str, group: Summary, baselines: bool) -> list[str]:
@@ -37,7 +39,8 @@ def group_lines(name: str, group: Summary, baselines: bool) -> list[str]:
 
 
 def format_summary(summary: Summary) -> str:
-    lines = [f"{'':32}{'scoring method':20}{'accuracy':>8}  {'95 % interval':17}{'n':>6}{'unanswered':>12}"]
+    counts = "".join(f"{count:>15}" for count in COUNTS)
+    lines = [f"{'':32}{'scoring method':20}{'accuracy':>8}  {'95 % interval':17}{'n':>6}{counts}"]
     lines += group_lines("all", summary, baselines=True)
     if len(summary.languages) > 1:
         for name, group in summary.languages.items():
@@ -50,11 +53,9 @@ def format_summary(summary: Summary) -> str:
             lines.append(line("  mean of these", exam.scoring, exam.mean_of_parts, exam.n))
     for name, file in summary.files.items():
         if file.n_trained_on is not None:
-            lines.append(f"{name}: {file.n_trained_on} of {file.n} questions were trained on")
-        if file.n_trained_on and file.others.n:
-            lines.append(line("  the other questions", summary.scoring, file.others))
-        if file.n_trained_on and file.free_form_others.n:
-            lines.append(line("  the other questions", "free-form", file.free_form_others))
+            lines.append(f"{name}: {file.n_trained_on} of {file.n} questions occur in the training questions")
+        if file.n_trained_on:
+            lines += group_lines("  the other questions", file.others, baselines=False)
     if summary.n_free_form:
         lines.append(f"free-form: {RULE}")
     if len(summary.shots) > 1:
@@ -63,7 +64,7 @@ def format_summary(summary: Summary) -> str:
     if summary.too_long:
         lines.append(f"{summary.too_long} questions do not fit into the model's context: unanswered")
     if summary.truncated:
-        counts = f"{summary.truncated} of {summary.n_generated}"
+        counts = f"{summary.truncated} of {summary.n_generated} ({summary.truncated / summary.n_generated:.1%})"
         lines.append(f"{counts} generated answers ended at --max-new-tokens or at the end of the context")
     if summary.without_answer:
         lines.append(f"{summary.without_answer} questions have no known answer: predicted, not counted")

@@ -23,6 +23,24 @@ from minidoctor.questions.rows import Row, make_row, parse_options, require_text
 
 CMMLU = {"Question", "A", "B", "C", "D", "Answer"}
 CMEXAM = {"Question", "Options", "Answer"}
+# Chinese names of CMMLU's medical subjects: https://github.com/haonan-li/CMMLU, src/categories.py
+SUBJECTS = {
+    "anatomy": "解剖学",
+    "clinical_knowledge": "临床知识",
+    "college_medicine": "大学医学",
+    "genetics": "遗传学",
+    "nutrition": "营养学",
+    "professional_medicine": "专业医学",
+    "traditional_chinese_medicine": "中医中药",
+    "virology": "病毒学",
+}
+# "CMMLU-Med" has no single definition: lists of subjects that were published under this name.
+SUBJECT_LISTS = {
+    # https://github.com/FreedomIntelligence/Apollo, README.md
+    "apollo": "anatomy clinical_knowledge college_medicine genetics nutrition traditional_chinese_medicine virology",
+    # https://github.com/whiling/meditron-sft-dpo, evaluation/README.md
+    "meditron": "anatomy clinical_knowledge college_medicine genetics professional_medicine",
+}
 CMB_FIELDS = ("exam_type", "exam_class", "exam_subject", "question_type")
 
 

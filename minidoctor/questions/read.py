@@ -39,7 +39,8 @@ def read_questions(
         files.append(parse_file(file, text, answers))
     rows = [row for file in files for row in file.rows]
     malformed = [message for file in files for message in file.malformed]
-    if unused := len(answers.keys() - {row.id for row in rows if row.exam == "cmb"}):
+    ids = {row.id for row in rows if row.exam == "cmb"}
+    if ids and (unused := len(answers.keys() - ids)):
         malformed.append(f"{answers_file}: {unused} of {len(answers)} answers belong to no question that was read")
     return Questions(rows, malformed)
 

@@ -48,6 +48,9 @@ ROWS = [
 ]
 
 
+SUGARS = {"question": "Which two are sugars?", "options": {"A": "fructose", "B": "glucose", "C": "iron"}}
+
+
 @pytest.fixture
 def read_rows(rows_file):
     return lambda *rows: read_questions(rows_file(*rows)).rows
@@ -136,17 +139,21 @@ def test_first_of_equal_options_is_predicted(model, tokenizer, read_rows):
     assert (p.prediction, p.correct) == ("A", False)
 
 
-def test_overfitted_model_has_accuracy_1_and_0_for_other_gold_answers(config, tokenizer, read_rows):
-    rows = read_rows(*(row for row in ROWS[:5] if row["answer"] != "AC"))
-    bare = [conversation(r.question, r.options[r.answer]) for r in rows if r.options]
-    examples = [encode_conversation(messages, tokenizer, 128) for messages in [row.messages for row in rows] + bare]
-    batch, model = collate(examples), Model(config)
+def overfit(config, tokenizer, conversations, steps=150):
+    batch, model = collate([encode_conversation(messages, tokenizer, 128) for messages in conversations]), Model(config)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
-    for _ in range(150):
+    for _ in range(steps):
         loss = F.cross_entropy(model(batch.tokens)[0].flatten(0, 1), batch.targets.flatten())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+    return model
+
+
+def test_overfitted_model_has_accuracy_1_and_0_for_other_gold_answers(config, tokenizer, read_rows):
+    rows = read_rows(*(row for row in ROWS[:5] if row["answer"] != "AC"))
+    bare = [conversation(r.question, r.options[r.answer]) for r in rows if r.options]
+    model = overfit(config, tokenizer, [row.messages for row in rows] + bare)
     settings = EvalConfig(score=("text", "logits", "generate", "loss"))
 
     def summary(rows):
@@ -160,6 +167,83 @@ def test_overfitted_model_has_accuracy_1_and_0_for_other_gold_answers(config, to
     assert summary(rows).nll < 0.1
     wrong = [replace(row, answer="C" if row.options else "something else") for row in rows]
     assert accuracies(summary(wrong)) == [0.0] * 4
+
+
+def test_benchmark_question_with_several_correct_letters_is_scored_by_sets(config, tokenizer, read_rows):
+    options = {"A": "wheezing", "B": "gout", "C": "cough", "D": "acid"}
+    questions = {"asthma?": "AC", "gout?": "BD", "哮喘": "ACD", "痛风": "ABCD", "acid?": "D"}
+    rows = read_rows(*({"question": q, "options": options, "answer": answer} for q, answer in questions.items()))
+    rows = [replace(row, exam="cmexam") for row in rows]
+    prompter = Prompter(tokenizer, EvalConfig(prompt="own"))
+    texts = [question.text for question in prompt_rows(prompter, rows, [], 128)]
+    pairs = [conversation(text, row.answer) for text, row in zip(texts, rows, strict=True)]
+    model = overfit(config, tokenizer, pairs)
+    predictions = predict(model, tokenizer, rows, prompt="own")
+    assert [p.prediction for p in predictions] == list(questions.values())
+    assert [p.scoring for p in predictions] == ["sets"] * 4 + ["logits"]
+    assert [list(p.outcomes) for p in predictions] == [["logits", "sets"]] * 4 + [["logits"]]
+    assert [len(p.scores) for p in predictions] == [11] * 4 + [4]
+    summary = evaluate(model, tokenizer, rows, show_progress=False, config=EvalConfig(prompt="own")).summary
+    assert (summary.scoring, summary.accuracy, summary.methods["logits"].n) == ("sets/logits", 1.0, 5)
+    for row, prediction in zip(rows, predict(model, tokenizer, rows, prompt="own", score=("sets",)), strict=True):
+        assert (prediction.scoring, prediction.prediction) == ("sets", row.answer)
+
+
+# --- replies of reasoning models ---
+
+
+@pytest.fixture
+def evaluate_replies(model, tokenizer, read_rows, monkeypatch):
+    """Evaluate one question whose generated answer is this text, with as many tokens as the limit if it is cut off."""
+
+    def run(reply, cut_off=False, opens_reasoning=False, row=SUGARS | {"answer": "A"}):
+        rows, ids = read_rows(row), tokenizer.encode(reply)
+        opened = copy.copy(tokenizer)
+        opened.opens_reasoning = opens_reasoning
+        monkeypatch.setattr(scoring, "complete", lambda *_: [ids])
+        config = EvalConfig(score=("generate",), max_new_tokens=len(ids) + (not cut_off))
+        return evaluate(model, opened, rows, show_progress=False, config=config)
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("reply", "settings", "prediction", "counts"),
+    [
+        ("<think>\nB?\n</think>\n\nA", {}, "A", (0, 0)),
+        ("<think>\nIt is A.", {}, "", (0, 1)),
+        ("## Thinking\n\nThe answer is A", {"cut_off": True}, "", (0, 1)),
+        ("## Thinking\n\nB?\n\n## Final Response\n\nThe answer is A", {"cut_off": True}, "A", (0, 0)),
+        ("<think>\nB?\n</think>\n\nIt depends.", {}, "", (1, 0)),
+        ("The answer is A", {"cut_off": True, "opens_reasoning": True}, "", (0, 1)),
+        ("B?\n</think>\n\nA", {"cut_off": True, "opens_reasoning": True}, "A", (0, 0)),
+        ("The answer is A", {"opens_reasoning": True}, "A", (0, 0)),  # not cut off: answered without reasoning
+        ("The answer is A", {"cut_off": True}, "A", (0, 0)),
+        ("It depends.", {"cut_off": True}, "", (1, 0)),
+    ],
+)
+def test_answer_that_ends_within_its_reasoning_is_unfinished(evaluate_replies, reply, settings, prediction, counts):
+    summary, (p,) = evaluate_replies(reply, **settings)
+    assert (p.prediction, p.correct) == (prediction, prediction == "A")
+    assert (summary.unanswered, summary.unfinished) == counts
+    assert p.outcomes["generate"].reply == reply
+    assert (summary.truncated == 1) == settings.get("cut_off", False)
+
+
+def test_unfinished_free_form_answer_is_wrong(evaluate_replies):
+    row = {"question": "Which acid?", "answer": "uric acid"}
+    for reply, correct in (("<think>uric acid", False), ("<think>gout?</think>uric acid", True)):
+        summary, (p,) = evaluate_replies(reply, row=row)
+        assert (p.correct, p.outcomes["generate"].unfinished, p.prediction) == (correct, not correct, reply)
+        assert summary.free_form_accuracy == correct
+
+
+def test_length_limit_is_that_of_the_chat_format(tokenizer):
+    reasoning = copy.copy(tokenizer)
+    reasoning.format = tokenizer.format._replace(max_new_tokens=2048)
+    limits = [Prompter(t, EvalConfig(raw=raw)).max_new_tokens for t in (tokenizer, reasoning) for raw in (False, True)]
+    assert limits == [64, 64, 2048, 64]
+    assert Prompter(reasoning, EvalConfig(max_new_tokens=7)).max_new_tokens == 7
 
 
 @pytest.mark.parametrize("row", [ROWS[0], ROWS[2]], ids=["multiple choice", "free-form"])
@@ -182,9 +266,6 @@ def test_tensor_that_is_not_finite_is_reported(model, tokenizer, rows, score):
 
 
 # --- letters are a set ---
-
-
-SUGARS = {"question": "Which two are sugars?", "options": {"A": "fructose", "B": "glucose", "C": "iron"}}
 
 
 @pytest.mark.parametrize("answer", ["AB", "BA"])
@@ -246,7 +327,7 @@ def test_answer_computes_only_missing_outcomes(adapted, tokenizer, rows, monkeyp
     scorers = {name: recorded(name, scorer) for name, scorer in scoring.SCORERS.items()}
     monkeypatch.setattr("minidoctor.evaluate.evaluation.SCORERS", scorers)
     evaluation.answer(adapted, show=False)
-    assert calls == [("logits", 2), ("text", 0), ("generate", 0), ("loss", 0)]
+    assert calls == [("logits", 2), ("sets", 0), ("text", 0), ("generate", 0), ("loss", 0)]
     assert evaluation.result() == expected
 
 

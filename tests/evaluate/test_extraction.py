@@ -527,6 +527,7 @@ def test_random_text_gives_letters_of_the_options_or_none():
 UNITS = [*"AB选?( \n", "A ", "A,", "A、", "(A)", "a, ", "A和", "C. ", "\\a", "\\boxed{", "<think>", "\u0301\u0316"]
 UNITS += ["答案", "答案是A\n", "答案：\nA. Asthma\n", "答案：A. Asthma B. Pneumonia: ", "A. Asthma\n", "Asthma"]
 UNITS += ["so ", "it is ", "it is A, ", "not A but ", "因此A、", "<answer>", "A错误", "B. x is wrong "]
+UNITS += ["最可能的诊断是", "最可能是A. ", "综上所述, ", "most likely is A. ", "best ", "Therefore, A. x wrong "]
 UNITS += ["the ", "answer to ", "answer is ", "I would choose ", "A is correct ", ",A正确", "A. Asthma B. Pneumonia "]
 
 

@@ -2,6 +2,7 @@ import io
 import json
 import random
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import sentencepiece
@@ -11,14 +12,15 @@ from minidoctor.batching import IGNORE
 from minidoctor.config import UserError
 from minidoctor.evaluate.prompts import (
     PROMPTS,
-    SUBJECTS,
     PromptedQuestion,
     Prompter,
+    answer_example,
     choose_shots,
     compose,
     load_prompt,
 )
 from minidoctor.evaluate.protocol import EvalConfig
+from minidoctor.questions.exams import SUBJECTS
 from minidoctor.questions.rows import Row, conversation, format_multiple_choice
 from minidoctor.text.chat_formats import CHAT_FORMATS
 from minidoctor.text.tokenizer import load_tokenizer
@@ -61,12 +63,9 @@ def make_prompter(tokenizer, raw, prompt="auto"):
     return Prompter(tokenizer, EvalConfig(raw=raw, prompt=prompt))
 
 
-def choose_prompt(row, name):
-    return make_prompter(None, raw=False, prompt=name).choose_prompt(row)
-
-
 def full_prompt(row, name="auto", shots=()):
-    return "".join(compose(row, choose_prompt(row, name), list(shots)))
+    tokenizer = SimpleNamespace(format=None, opens_reasoning=False, chat=lambda messages: [])
+    return make_prompter(tokenizer, raw=False, prompt=name).prompt_question(row, list(shots), 1).text
 
 
 # --- published prompts ---
@@ -146,6 +145,12 @@ def test_huatuo_prompt_has_the_question_type_if_it_is_known():
     assert full_prompt(CMB[0], "huatuo", shots=[CMEXAM[1]]) == f"{bare}\nB\n\n{asked}\n"
 
 
+def test_huatuo_o1_prompt_is_english_for_every_language():
+    """https://github.com/FreedomIntelligence/HuatuoGPT-o1, evaluation/eval.py"""
+    expected = "Please answer the following multiple-choice question:\n痛风的关键检查是\nA. 尿酸\nB. 心电图"
+    assert full_prompt(CMB[0], "huatuo-o1") == expected
+
+
 def test_own_prompt_equals_the_training_format():
     row, solved = OWN
     assert full_prompt(row) == "Which test confirms gout?\nA. uric acid\nB. a cough" == row.messages[0]["content"]
@@ -158,14 +163,14 @@ def test_own_prompt_equals_the_training_format():
 @pytest.mark.parametrize("name", PROMPTS)
 def test_every_published_prompt_can_be_selected(name):
     row = make_row("1", "痛风？", ["尿酸", "心电图"], exam="cmb", metadata=DOCTOR, topic="anatomy")
-    assert choose_prompt(row, name) == PROMPTS[name]
+    assert full_prompt(row, name) == "".join(compose(row, PROMPTS[name], []))
     assert all(text in full_prompt(row, name) for text in ("痛风？", "尿酸", "心电图"))
-    assert choose_prompt(row, "auto") == PROMPTS["cmb"]
+    assert len({full_prompt(row, other) for other in PROMPTS}) == len(PROMPTS)
 
 
 def test_auto_selects_the_prompt_of_the_benchmark():
     for rows, name in ((CMB, "cmb"), (CMMLU, "cmmlu"), (CMEXAM, "cmexam"), (OWN, "own")):
-        assert all(choose_prompt(row, "auto") is PROMPTS[name] for row in rows)
+        assert all(full_prompt(row) == full_prompt(row, name) for row in rows)
 
 
 # --- prompt files ---
@@ -223,7 +228,9 @@ def test_invalid_prompt_file_is_rejected_with_its_slots(prompt_file, content, me
 
 def test_unknown_prompt_is_rejected_with_the_published_ones(tmp_path):
     for path in (tmp_path / "cmbb", tmp_path):
-        with pytest.raises(FileNotFoundError, match=rf"{path}: neither own, cmb, cmmlu, cmexam, huatuo nor a file"):
+        with pytest.raises(
+            FileNotFoundError, match=rf"{path}: neither own, cmb, cmmlu, cmexam, huatuo, huatuo-o1 nor a file"
+        ):
             load_prompt(str(path))
 
 
@@ -443,7 +450,7 @@ def test_space_that_is_a_separate_token_belongs_to_the_prompt():
 
 def test_every_letter_keeps_a_token_to_be_scored(tokenizer, monkeypatch):
     prompter, answers = make_prompter(tokenizer, raw=True), {"A": [5, 6], "B": [5, 6, 7], "C": [5, 6, 8]}
-    monkeypatch.setattr(prompter, "answer_tokens", lambda text, letter: answers[letter])
+    monkeypatch.setattr(prompter, "example", lambda text, letter: answer_example([1], answers[letter]))
     assert split_letters(prompter, "x", [1], "ABC") == ([1, 5], [[6], [6, 7], [6, 8]])
 
 

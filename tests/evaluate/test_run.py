@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from benchmark_files import ANATOMY
 from paths import ROOT
 
 from minidoctor.evaluate import evaluation, run, scoring
-from minidoctor.evaluate.__main__ import main
 from minidoctor.evaluate.evaluation import evaluate
 from minidoctor.evaluate.inputs import hash_adapter
 from minidoctor.evaluate.records import read_result
@@ -40,44 +40,6 @@ ROWS = [
     },
     {"question": "哮喘的典型症状是什么？", "answer": "喘息和夜间咳嗽"},
 ]
-CMMLU = """,Question,A,B,C,D,Answer
-0,痛风的关键检查是,尿酸,关节液,夜间咳嗽,风湿科,A
-1,哮喘属于哪个科,风湿科,呼吸科,关节,夜间,B
-2,痛风属于哪个科,夜间,关节,风湿科,呼吸科,C
-"""
-
-
-@pytest.fixture
-def evaluate_program(program, base_dir):
-    """Run the program and return its output. With `error` it must fail, and stderr must match."""
-
-    def run(*words, base=base_dir, error=None):
-        words = words if words[0] == "--compare" else ("--base", base, "--device", "cpu", *words)
-        code, out, err = program(main, "evaluate", *words)
-        assert (code != 0) == (error is not None), err
-        if error:
-            assert re.search(error, err), err
-        return out
-
-    return run
-
-
-@pytest.fixture
-def long_base(base_dir, tmp_path):
-    """The base with a context for the prompts of the benchmarks, which its tokenizer encodes byte by byte."""
-    directory = shutil.copytree(base_dir, tmp_path / "long_base")
-    config = json.loads((directory / "config.json").read_text())
-    (directory / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 1024}))
-    return directory
-
-
-@pytest.fixture
-def cmmlu(tmp_path):
-    """test/anatomy.csv, and dev/anatomy.csv with other questions."""
-    for name, text in (("test", CMMLU), ("dev", CMMLU.replace("哪个科", "什么科").replace("关键", "主要"))):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "anatomy.csv").write_text(text, encoding="utf-8")
-    return tmp_path / "test" / "anatomy.csv"
 
 
 def read_json(path):
@@ -290,7 +252,7 @@ def test_submission_contains_the_predictions_of_cmb(evaluate_program, tmp_path, 
 
 
 def test_malformed_rows_are_printed_and_stored(evaluate_program, cmmlu, tmp_path, long_base):
-    cmmlu.write_text(CMMLU + "3,痛风,尿酸,关节,夜间,呼吸,nan\n", encoding="utf-8")
+    cmmlu.write_text(ANATOMY + "3,痛风,尿酸,关节,夜间,呼吸,nan\n", encoding="utf-8")
     out = tmp_path / "p.json"
     printed = evaluate_program("--data", cmmlu, "--out", out, "--limit", "2", base=long_base)
     (file,) = read_json(out)["protocol"]["files"]
@@ -316,7 +278,6 @@ def test_malformed_rows_are_printed_and_stored(evaluate_program, cmmlu, tmp_path
         (["--resume", "--out", "p.json"], "p.json: no such file"),
         (["--out", "nowhere/p.json"], "nowhere/p.json"),
         (["--prompt", "nowhere.txt"], "nowhere.txt"),
-        (["--answers", "a.json", "--data", "a.json", "b.json"], "--answers"),
         (["--compare", "a.json", "b.json"], "a.json: no such file"),
         (["--data", "nowhere.csv"], "nowhere.csv: no such file"),
     ],
@@ -370,7 +331,7 @@ def test_out_and_submission_must_differ(evaluate_program, tmp_path, rows_file, m
     (tmp_path / "link").symlink_to(tmp_path)
     (tmp_path / "dangling.json").symlink_to(tmp_path / "x.json")
     words = ["--out", "x.json", "--submission", alias.format(name=tmp_path.name)]
-    evaluate_program("--data", rows_file(*ROWS[:2]), *words, error="same file")
+    evaluate_program("--data", rows_file(*ROWS[:2]), *words, error="same path")
     assert not (tmp_path / "x.json").exists()
 
 
@@ -500,16 +461,16 @@ def test_trained_questions_are_counted_per_file(evaluate_program, tmp_path, adap
     write_tensors(adapter / "training_questions.safetensors", {"hashes": hashes})
     printed = evaluate_program(*words, "--out", tmp_path / "p.json")
     assert "does not record" not in printed
-    assert "one.jsonl: 1 of 2 questions were trained on" in printed
-    assert "two.jsonl: 0 of 2 questions were trained on" in printed
+    assert "one.jsonl: 1 of 2 questions occur in the training questions" in printed
+    assert "two.jsonl: 0 of 2 questions occur in the training questions" in printed
     result = read_json(tmp_path / "p.json")
     assert [p["trained_on"] for p in result["predictions"]] == [True, False, False, False]
     one, two = (result["summary"]["files"][name] for name in ("one.jsonl", "two.jsonl"))
     assert (one["n"], one["n_trained_on"], two["n"], two["n_trained_on"]) == (2, 1, 2, 0)
     other = result["predictions"][1]["correct"]
     assert (one["others"]["accuracy"], one["others"]["n"]) == (float(other), 1)
-    assert (two["others"]["n"], two["free_form_others"]["n"]) == (1, 1)
-    assert "trained" not in evaluate_program("--data", *files)  # no adapter, no note
+    assert (two["others"]["n"], two["others"]["n_free_form"]) == (1, 1)
+    assert "training questions" not in evaluate_program("--data", *files)  # no adapter, no note
     write_tensors(adapter / "training_questions.safetensors", {"hashes": hashes.float()})
     evaluate_program(*words, error="training_questions.safetensors: expected")
 

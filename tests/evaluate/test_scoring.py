@@ -1,4 +1,5 @@
 import copy
+import itertools
 import math
 import random
 from dataclasses import replace
@@ -29,6 +30,7 @@ from minidoctor.evaluate.scoring import (
 )
 from minidoctor.model import Model
 from minidoctor.questions.rows import Row, conversation, format_multiple_choice
+from minidoctor.text.backends import INSIDE
 from minidoctor.text.tokenizer import encode_conversation, load_tokenizer
 
 TOKENIZER_FIXTURES = FIXTURES / "tokenizers"
@@ -111,12 +113,21 @@ def log_likelihoods(model, prompt, ids):
     return [log_probs[i - 1, tokens[i]].item() for i in range(len(prompt), len(tokens))]
 
 
+def answer_tokens(prompter, text, answer):
+    """Return the tokens of an answer after this prompt, in a chat without the end of the turn."""
+    if prompter.config.raw:
+        space = " " if text[-1:].isascii() and text.strip(" ") == text else ""
+        return prompter.tokenizer.encode(space + answer, INSIDE)
+    turns = prompter.tokenizer.chat_turns(conversation("?", answer))
+    return next(ids for ids, is_answer in turns if is_answer)
+
+
 @torch.no_grad()
 def plain_logits(model, prompter, question):
     """Score each letter after the whole prompt; a letter of several tokens has the sum of theirs."""
     following, scores = model(torch.tensor([question.tokens]))[0][0, -1].log_softmax(-1), {}
     for letter in question.row.options:
-        first, *rest = prompter.answer_tokens(question.text, letter)
+        first, *rest = answer_tokens(prompter, question.text, letter)
         later = log_likelihoods(model, [*question.tokens, first], rest) if rest else []
         scores[letter] = following[first].item() + sum(later)
     return scores
@@ -195,7 +206,7 @@ def test_logits_equal_a_loop_over_whole_prompts(config, adapter, raw, settings, 
 def test_letter_of_several_tokens_has_the_sum_of_their_scores(config, adapter, chat, has_adapter):
     """This tokenizer has one token for "▁A" and two for "▁B"."""
     model, questions = random_model(config, adapter if has_adapter else None), prompt_all(chat, ROWS[:12])
-    assert {len(chat.answer_tokens("", letter)) for letter in "ABCDE"} == {1, 2}
+    assert {len(answer_tokens(chat, "", letter)) for letter in "ABCDE"} == {1, 2}
     expected = [plain_logits(model, chat, q) for q in questions]
     for batch_size in (1, 16):
         actual = outcomes("logits", model, chat, questions, batch_size=batch_size)
@@ -206,7 +217,7 @@ def test_common_beginning_of_all_letters_is_not_scored(config):
     """Every letter of this format begins with a space that is a separate token."""
     prompter = make_prompter(load_tokenizer(TOKENIZER_FIXTURES / "sentencepiece", "mistral"))
     model, questions = random_model(config), prompt_all(prompter, ROWS[:12])
-    (space,) = {prompter.answer_tokens("", letter)[0] for letter in "ABCDE"}
+    (space,) = {answer_tokens(prompter, "", letter)[0] for letter in "ABCDE"}
     for question, outcome in zip(questions, outcomes("logits", model, prompter, questions), strict=True):
         (space_score,) = log_likelihoods(model, question.tokens, [space])
         whole = plain_logits(model, prompter, question)
@@ -350,6 +361,74 @@ def test_letter_of_two_tokens_needs_room_for_the_first(model, chat):
             assert outcome == Outcome(too_long=True)
 
 
+# --- sets of letters ---
+
+
+def plain_sets(model, prompter, question):
+    """Score each set of at least two letters, or each letter, as the whole answer, from one full forward each."""
+    letters, scores, tokenizer = "".join(sorted(question.row.options)), {}, prompter.tokenizer
+    for chosen in itertools.product((True, False), repeat=len(letters)):
+        answer = "".join(itertools.compress(letters, chosen))
+        if (len(answer) > 1) if question.row.multiple_answers else (len(answer) == 1):
+            ids = answer_tokens(prompter, question.text, answer + "\n" * prompter.config.raw)
+            scores[answer] = sum(
+                log_likelihoods(model, question.tokens, [*ids, *([] if prompter.config.raw else tokenizer.eos_ids)])
+            )
+    return scores
+
+
+@pytest.mark.parametrize("is_raw", [True, False])
+@pytest.mark.parametrize("batch_size", [1, 16])
+def test_sets_equal_a_loop_over_all_sets(config, adapter, tokenizer, is_raw, batch_size):
+    model, prompter = random_model(config, adapter), make_prompter(tokenizer, is_raw)
+    questions = prompt_all(prompter, ROWS[:16])
+    expected = [plain_sets(model, prompter, question) for question in questions]
+    assert {len(scores) for scores in expected} >= {2, 26}  # sizes of the alphabets of answers
+    actual = outcomes("sets", model, prompter, questions, batch_size=batch_size)
+    for question, outcome, scores in zip(questions, actual, expected, strict=True):
+        assert_same_scores(outcome.scores, dict(sorted(scores.items(), key=lambda item: (len(item[0]), item[0]))))
+        judged = judge(question.row, outcome)
+        assert judged.prediction == max(scores, key=scores.get)
+        assert judged.correct == (judged.prediction == question.row.answer)
+
+
+def test_sets_do_not_depend_on_the_correct_answer(model, chat):
+    rows = [row for row in ROWS if len(row.options) == 5 and row.multiple_answers]
+    others = [replace(row, answer="ABCDE", messages=[]) for row in rows]
+    answers = []
+    for questions in (prompt_all(chat, rows), prompt_all(chat, others)):
+        answers.append(outcomes("sets", model, chat, questions))
+        answers.append([judge(q.row, o).prediction for q, o in zip(questions, answers[-1], strict=True)])
+    assert answers[:2] == answers[2:]
+
+
+def test_sets_and_the_mean_of_the_letters_select_different_answers(model, chat):
+    questions = [q for q in prompt_all(chat) if q.row.multiple_answers and len(q.row.options) > 2]
+    predictions = []
+    for method in ("logits", "sets"):
+        pairs = zip(questions, outcomes(method, model, chat, questions), strict=True)
+        predictions.append([judge(question.row, outcome).prediction for question, outcome in pairs])
+    assert predictions[0] != predictions[1]
+    assert {1} < {len(prediction) for prediction in predictions[0]}
+    assert min(map(len, predictions[1])) == 2
+
+
+def test_question_without_room_for_all_letters_has_no_sets(model, chat):
+    (question,) = prompt_all(chat, [row for row in ROWS if row.multiple_answers and len(row.options) == 5][:1])
+    longest = max(len(chat.example(question.text, "ABCDE").tokens), 0)
+    for limit, fits in ((longest, True), (longest - 1, False)):
+        model.config = replace(model.config, max_seq_len=limit)
+        (outcome,) = outcomes("sets", model, chat, [question])
+        assert (len(outcome.scores), outcome.too_long) == ((26, False) if fits else (0, True))
+
+
+def test_more_than_10_options_are_too_many_sets(model, chat):
+    options = {letter: letter.lower() for letter in "ABCDEFGHIJK"}
+    (question,) = prompt_all(chat, [replace(ROWS[0], id="many", options=options, multiple_answers=True)], shots=0)
+    with pytest.raises(UserError, match="question many has 11 options"):
+        outcomes("sets", model, chat, [question])
+
+
 # --- text ---
 
 
@@ -359,7 +438,7 @@ def plain_text(model, prompter, row):
     for letter, text in row.options.items():
         if prompter.config.raw:
             prompt = tokenizer.start + tokenizer.encode(row.question)
-            ids = prompter.answer_tokens(row.question, text)
+            ids = answer_tokens(prompter, row.question, text)
         else:
             prompt = tokenizer.chat([{"role": "user", "content": row.question}])
             ids = tokenizer.chat(conversation(row.question, text))[len(prompt) :]
@@ -570,7 +649,7 @@ def test_no_questions_have_no_outcomes(model, chat, method):
 
 @pytest.mark.parametrize("name", ["model.layers.0.mlp.gate_proj.weight", "model.norm.weight"])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-@pytest.mark.parametrize("method", ["logits", "text", "generate"])
+@pytest.mark.parametrize("method", ["logits", "sets", "text", "generate"])
 def test_tensor_that_is_not_finite_is_reported(model, chat, method, value, name):
     prompter = make_prompter(chat.tokenizer, score=(method,))
     questions = prompt_all(prompter, ROWS[:4])
@@ -603,6 +682,12 @@ def test_multiple_answers_are_the_options_of_at_least_the_mean():
         assert decide(scores, multiple_answers=False) == max(scores, key=scores.get)
     assert decide(dict.fromkeys("ABCD", -1.7), multiple_answers=True) == "ABCD"
     assert decide({"A": -1.0, "B": -2.0, "C": -1.5 - 0.9 * TIE}, multiple_answers=True) == "AC"
+
+
+def test_best_of_several_sets_is_selected():
+    scores = {"AB": -3.0, "AC": -1.0, "BC": -1.0 + 0.9 * TIE, "ABC": -2.0}
+    assert decide(scores, multiple_answers=True) == "AC"
+    assert decide(scores | {"BC": -0.5}, multiple_answers=True) == "BC"
 
 
 @pytest.mark.parametrize("multiple_answers", [True, False])

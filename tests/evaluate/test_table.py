@@ -7,7 +7,7 @@ from random_predictions import EXAM_TYPES, TOPICS, make_prediction, n_correct_of
 
 from minidoctor.evaluate.free_form import RULE
 from minidoctor.evaluate.records import Outcome
-from minidoctor.evaluate.summary import full_summary, summarize_method
+from minidoctor.evaluate.summary import full_summary, summarize
 from minidoctor.evaluate.table import format_summary
 
 SUBROWS = ("", "one correct letter", "several correct letters")
@@ -27,8 +27,9 @@ def cells(line):
 def expected_cells(method, accuracy, n=None):
     low, high = accuracy.interval or (0, 0)
     interval = [f"{100 * bound:.1f}%" for bound in (low, high)] if low < high else []
-    unanswered = [str(count) for count in [getattr(accuracy, "unanswered", 0)] if count]
-    return [method, f"{100 * accuracy.accuracy:.1f}%", *interval, str(n or accuracy.n), *unanswered]
+    counts = [getattr(accuracy, name, 0) for name in ("unanswered", "unfinished")]
+    shares = [word for k in counts if k for word in (str(k), f"({100 * k / accuracy.n:.1f}%)")]
+    return [method, f"{100 * accuracy.accuracy:.1f}%", *interval, str(n or accuracy.n), *shares]
 
 
 def check_group(text, name, group):
@@ -97,7 +98,7 @@ def test_table_reports_truncated_answers():
     predictions += [make_prediction(Outcome(reply="A", correct=True, prediction="A"), scoring="generate")]
     summary = full_summary(predictions)
     assert (summary.truncated, summary.n_generated) == (3, 4)
-    assert "3 of 4 generated answers ended at --max-new-tokens" in format_summary(summary)
+    assert "3 of 4 (75.0%) generated answers ended at --max-new-tokens" in format_summary(summary)
     assert "--max-new-tokens" not in format_summary(full_summary(n_correct_of(3, 2)))
 
 
@@ -110,17 +111,17 @@ def test_table_reports_questions_that_were_trained_on():
     assert [(name, f.n, f.n_trained_on) for name, f in summary.files.items()] == [
         ("a.csv", 20, 6), ("b.csv", 5, 0), ("c.jsonl", 9, 4)
     ]  # fmt: skip
-    assert summary.files["a.csv"].others == summarize_method(predictions[6:20]).single_answer
-    assert summary.files["c.jsonl"].free_form_others.accuracy == 0.4
+    assert summary.files["a.csv"].others == summarize(predictions[6:20])
+    assert summary.files["c.jsonl"].others.free_form_accuracy == 0.4
     lines = format_summary(summary).splitlines()
-    i = lines.index("a.csv: 6 of 20 questions were trained on")
+    i = lines.index("a.csv: 6 of 20 questions occur in the training questions")
     assert cells(lines[i + 1]) == expected_cells("logits", summary.files["a.csv"].others)
-    assert lines[i + 2] == "b.csv: 0 of 5 questions were trained on"
-    assert lines[i + 3] == "c.jsonl: 4 of 9 questions were trained on"
-    assert cells(lines[i + 4]) == expected_cells("free-form", summary.files["c.jsonl"].free_form_others)
+    assert lines[i + 2] == "b.csv: 0 of 5 questions occur in the training questions"
+    assert lines[i + 3] == "c.jsonl: 4 of 9 questions occur in the training questions"
+    assert cells(lines[i + 4]) == ["free-form", "40.0%", "5"]
     unknown = full_summary([replace(p, trained_on=None) for p in predictions])
     assert unknown.files["a.csv"].n_trained_on is None
-    assert "trained on" not in format_summary(unknown)
+    assert "training questions" not in format_summary(unknown)
 
 
 def test_widest_table_fits_into_120_columns():
