@@ -46,5 +46,7 @@ def run(main: Callable[[], None]) -> None:
             raise
         message = str(error) or ("interrupted" if code == 130 else type(error).__name__)
         line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(message.split()))
-        print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
+        path = Path(sys.argv[0])
+        program = f"minidoctor.{path.parent.name}" if path.name == "__main__.py" else path.name
+        print(f"{program}: {line}", file=sys.stderr)
         sys.exit(code)

@@ -92,3 +92,18 @@ def test_text_that_the_terminal_cannot_print_is_escaped(encoding, expected):
 def test_printed_lines_reach_a_log_file_at_once():
     ended = start('print("step 1"); print("step 2"); __import__("os")._exit(0)', PYTHONUNBUFFERED="")
     assert ended.stdout == b"step 1\nstep 2\n"
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [("/somewhere/train.py", "train.py"), ("/somewhere/minidoctor/evaluate/__main__.py", "minidoctor.evaluate")],
+)
+def test_errors_begin_with_the_name_of_the_program(path, name, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [path])
+
+    def main():
+        raise UserError("no questions")
+
+    with pytest.raises(SystemExit):
+        run(main)
+    assert capsys.readouterr().err == f"{name}: no questions\n"
