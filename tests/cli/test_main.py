@@ -6,6 +6,7 @@ import pytest
 import torch
 from paths import ROOT
 
+from minidoctor.cli.main import run
 from minidoctor.config import UserError
 
 ALLOCATOR = "DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
