@@ -246,6 +246,13 @@ def test_length_limit_is_that_of_the_chat_format(tokenizer):
     assert Prompter(reasoning, EvalConfig(max_new_tokens=7)).max_new_tokens == 7
 
 
+def test_only_a_chat_opens_the_reasoning(tokenizer):
+    opened = copy.copy(tokenizer)
+    opened.opens_reasoning = True
+    flags = [Prompter(t, EvalConfig(raw=raw)).opens_reasoning for t in (tokenizer, opened) for raw in (False, True)]
+    assert flags == [False, False, True, False]
+
+
 @pytest.mark.parametrize("row", [ROWS[0], ROWS[2]], ids=["multiple choice", "free-form"])
 def test_question_longer_than_the_context_is_wrong_and_counted(model, tokenizer, read_rows, row):
     rows = read_rows({**row, "id": "long", "question": "Why? " * 200}, row)

@@ -89,18 +89,38 @@ def test_adapter_changes_the_predictions(evaluate_program, tmp_path, adapter_dir
     copy = shutil.copytree(adapter_dir, tmp_path / "copy")
     (copy / "adapter_results.json").write_text("{}")  # not a file of the adapter
     assert hash_adapter(copy) == hash_adapter(adapter_dir)
+    (copy / "adapter_model.bin").write_bytes(b"pickled")
+    assert hash_adapter(copy) != hash_adapter(adapter_dir)
+    (copy / "adapter_model.bin").unlink()
     tensors = {name: tensor + 1 for name, tensor in read_tensors(copy / "adapter.safetensors")}
     write_tensors(copy / "adapter.safetensors", tensors)
     assert hash_adapter(copy) != hash_adapter(adapter_dir)
 
 
+@pytest.mark.parametrize(("opens_reasoning", "words"), [(True, []), (False, []), (True, ["--score", "logits"])])
+def test_model_that_always_reasons_generates_unless_another_method_is_chosen(
+    evaluate_program, cmmlu, tmp_path, long_base, monkeypatch, opens_reasoning, words
+):
+    load, out = run.load, tmp_path / "p.json"
+
+    def load_reasoning(*arguments):
+        model, tokenizer = load(*arguments)
+        tokenizer.opens_reasoning = opens_reasoning
+        return model, tokenizer
+
+    monkeypatch.setattr(run, "load", load_reasoning)
+    evaluate_program("--data", cmmlu, "--max-new-tokens", "2", "--out", out, *words, base=long_base)
+    scoring = {p.scoring for p in read_result(out).predictions}
+    assert scoring == {"generate" if opens_reasoning and not words else "logits"}
+
+
 def test_all_methods_of_a_benchmark_are_in_the_result(evaluate_program, cmmlu, tmp_path, long_base):
     out = tmp_path / "p.json"
-    evaluate_program("--data", cmmlu, "--score", "logits,text,generate,loss", "--out", out, base=long_base)
+    evaluate_program("--data", cmmlu, "--score", "logits,sets,text,generate,loss", "--out", out, base=long_base)
     for p in read_result(out).predictions:
         best = max(p.scores, key=p.scores.get)
         assert (p.scoring, p.prediction, p.correct) == ("logits", best, best == p.answer)
-        assert set(p.outcomes) == {"logits", "text", "text_per_character", "generate", "loss"}
+        assert set(p.outcomes) == {"logits", "sets", "text", "text_per_character", "generate", "loss"}
         assert p.outcomes["loss"].nll > 0
 
 
@@ -205,6 +225,8 @@ def test_two_results_are_compared_in_pairs(evaluate_program, cmmlu, tmp_path, lo
     result = read_json(files[0])
     for p in result["predictions"]:
         p["correct"] = not p["correct"]
+        for outcome in p["outcomes"].values():
+            del outcome["unfinished"]  # as in the results of earlier versions
     result["protocol"] |= {"shots": 1, "files": [file | {"file": "x"} for file in result["protocol"]["files"]]}
     files[1].write_text(json.dumps(result))
     printed = evaluate_program("--compare", *files[:2])

@@ -14,7 +14,7 @@ from minidoctor.batching import IGNORE, Example
 from minidoctor.config import RopeScaling, UserError
 from minidoctor.evaluate import scoring
 from minidoctor.evaluate.evaluation import Evaluation, judge
-from minidoctor.evaluate.prompts import Prompter, choose_shots
+from minidoctor.evaluate.prompts import Prompter, choose_shots, common_prefix_len
 from minidoctor.evaluate.protocol import EvalConfig
 from minidoctor.evaluate.records import Outcome
 from minidoctor.evaluate.scoring import (
@@ -278,6 +278,13 @@ def test_shared_prefix_len_equals_a_plain_comparison():
         assert shared_prefix_len(group) == (expected if expected >= 16 and len(group) > 1 else 0)
         n_shared += shared_prefix_len(group) > 0
     assert n_shared > 50
+
+
+@pytest.mark.parametrize(
+    ("sequences", "n"), [([[1, 2, 3], [1, 2, 4, 5]], 2), ([[1, 2], [1, 2, 3]], 2), ([[1], [2]], 0), ([[3, 4]] * 3, 2)]
+)
+def test_common_prefix_len_counts_leading_tokens(sequences, n):
+    assert common_prefix_len(sequences) == common_prefix_len(sequences[::-1]) == n
 
 
 def test_equal_questions_keep_a_token_after_the_prefix(model, raw):
