@@ -38,10 +38,6 @@ class KVCache:
         keys, values = (stored[:, :n_rows, :, : self.length] for stored in (self.keys, self.values))
         return [LayerCache(*layer) for layer in zip(keys.unbind(), values.unbind(), strict=True)]
 
-    def truncate(self, length: int) -> None:
-        """Forget all positions from `length` on, so that another continuation can follow."""
-        self.length = length
-
     def expand(self, config: ModelConfig, batch_size: int, max_seq_len: int) -> "KVCache":
         """Return a larger cache in which every row starts with this cache's only row."""
         cache = KVCache(config, batch_size, max_seq_len, self.keys)

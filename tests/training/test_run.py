@@ -33,10 +33,14 @@ def metrics_rows(out):
     return [json.loads(line) for line in (out / METRICS).read_text().splitlines()]
 
 
-def test_ten_steps_equal_five_resumed_for_five_bit_for_bit(train_run, tmp_path, signal_in_step, read_run):
-    whole = train_run(out=str(tmp_path / "whole"))
+ON_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.cuda, ON_GPU])])
+def test_ten_steps_equal_five_resumed_for_five_bit_for_bit(train_run, tmp_path, signal_in_step, read_run, device):
+    whole = train_run(out=str(tmp_path / "whole"), device=device)
     with signal_in_step(4):
-        resumed = train_run(out=str(tmp_path / "resumed"))
+        resumed = train_run(out=str(tmp_path / "resumed"), device=device)
     assert read_state(resumed).step == 5
     assert not (resumed / REPORT).exists()
     run.train(start_or_resume({"out": str(resumed), "resume": True}))
