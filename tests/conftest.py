@@ -3,6 +3,7 @@
 import io
 import json
 import random
+import signal
 import sys
 
 import pytest
@@ -19,6 +20,7 @@ from minidoctor.model import Model, adapter_state
 from minidoctor.text.chat_formats import CHAT_FORMATS
 from minidoctor.text.tokenizer import load_tokenizer
 
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored, also by the runs that the tests start
 torch.set_num_threads(1)  # products this small only wait for a second thread
 
 SENTENCES = (

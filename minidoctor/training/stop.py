@@ -9,9 +9,9 @@ class StopSignal:
     requested = False
 
     def __enter__(self) -> "StopSignal":
-        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-        # An ignored signal stays ignored: that is how `nohup` keeps a run alive.
-        self.previous = {n: signal.getsignal(n) for n in numbers if signal.getsignal(n) != signal.SIG_IGN}
+        self.previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+        if self.previous[signal.SIGHUP] == signal.SIG_IGN:  # ignored by `nohup`, which keeps the run alive
+            del self.previous[signal.SIGHUP]
         for number in self.previous:
             signal.signal(number, self.request)
         return self
