@@ -14,8 +14,6 @@ Gradients are summed once per step, after the last micro-batch. With --shard, th
 
 import torch
 from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 
 from minidoctor.batching import IGNORE, Batch
 from minidoctor.cli.processes import Processes
@@ -83,6 +81,10 @@ def shard_base(model: Model, device: torch.device, processes: Processes) -> None
     Each block gathers its weights when it is used. Experts and routers stay replicated: they are small, and their
     gradients are summed by `Processes.all_reduce`. From now on every forward pass is a collective operation.
     """
+    # Imported here, because it takes half a second that other runs need not spend.
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
     mesh = init_device_mesh(device.type, (processes.size,))
     adapter = set(trainable_parameters(model).values())
     for parameter in adapter:
@@ -103,5 +105,5 @@ def reshard(model: Model) -> None:
     The first process saves, which reshards its weights, and the processes must agree on what the next step gathers.
     """
     for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
+        if drop := getattr(module, "reshard", None):  # a method that fully_shard adds
+            drop()

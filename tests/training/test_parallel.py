@@ -97,6 +97,13 @@ def test_several_processes_equal_one(tmp_path: Path, size, dtype, tolerance):
     assert expected["losses"][-1]["contrast"] > 0
 
 
+def test_single_process_does_not_import_what_several_need():
+    code = "import sys, torch; before = set(sys.modules); import minidoctor.training.run; "
+    code += "print([name for name in set(sys.modules) - before if name.startswith('torch.distributed')])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
 @pytest.mark.parametrize("size", [1, 2, 3, 8])
 def test_shares_contain_every_answer_token_and_anchor_once(size):
     [batch] = micro_batches(make_examples()[:5], 1)
