@@ -29,7 +29,7 @@ from minidoctor.training.state import read_state
 SHAPE = ModelConfig(vocab_size=60, dim=32, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=8, ffn_dim=48)
 ADAPTER = AdapterConfig(n_experts=4, top_k=2, rank=2, alpha=4.0, routing_dim=4)
 CONFIG = TrainConfig(
-    steps=20, batch_size=7, accumulate=2, lr=1e-2, warmup=2, contrast_weight=0.5, contrast_warmup=0, n_anchors=16,
+    steps=20, batch_size=7, accumulate=2, lr=2e-3, warmup=2, contrast_weight=0.5, contrast_warmup=0, n_anchors=16,
     queue_capacity=4, queue_share=2,
 )  # fmt: skip
 
