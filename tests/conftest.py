@@ -3,6 +3,7 @@
 import io
 import json
 import random
+import shutil
 import signal
 import sys
 
@@ -195,3 +196,9 @@ def make_config(base_dir, data, tmp_path):
         return TrainConfig(**(settings | changes))
 
     return make
+
+
+@pytest.fixture
+def base_copy(tmp_path, base_dir):
+    """A copy of base_dir that a test may change."""
+    return shutil.copytree(base_dir, tmp_path / "copy")

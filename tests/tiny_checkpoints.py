@@ -5,6 +5,7 @@ import json
 import torch
 from torch import nn
 
+from minidoctor.checkpoints.hugging_face import load_model
 from minidoctor.files.safetensors import read_tensors, write_tensors
 
 ABSENT = object()
@@ -108,3 +109,11 @@ def randomize(model):
     for name, tensor in model.state_dict().items():
         nn.init.normal_(tensor, 1.0 if "norm" in name else 0.0, 0.1 if ".lora_" in name else 0.15)
     return model.eval()
+
+
+def assert_loads(directory, expected):
+    """Assert that the loaded state equals the expected tensors bit for bit."""
+    state = load_model(directory).state_dict()
+    assert set(state) == set(expected)
+    for name, tensor in expected.items():
+        assert torch.equal(state[name], tensor), name

@@ -25,6 +25,7 @@ from minidoctor.model import Model
 from minidoctor.questions.overlap import question_hash, training_hashes
 from minidoctor.text.stream import printable
 
+MAX_PROMPT = 2000  # characters of the first prompt that are printed
 RULES = {
     "headline": "auto: for a benchmark logits or, if several letters are correct, sets: exact match asks for one set",
     "single_answer": "the option with the highest score, the first of equal ones",
@@ -138,7 +139,8 @@ def run_evaluation(run: RunConfig, config: EvalConfig, processes: Processes) -> 
     if subjects := evaluation.protocol["subjects"]:
         print(f"{len(subjects)} subjects of CMMLU ({run.subjects}): {', '.join(subjects)}")
     for exam, text in evaluation.protocol["first_prompts"].items():
-        print(f"first prompt ({exam}):\n{printable(text)}\n")
+        cut = f"\n... {len(text) - MAX_PROMPT:,} more characters" if len(text) > MAX_PROMPT else ""
+        print(f"first prompt ({exam}):\n{printable(text[:MAX_PROMPT])}{cut}\n")
     answer_questions(run, model, evaluation, processes)
     summary, predictions = evaluation.result()
     try:

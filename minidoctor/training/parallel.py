@@ -41,7 +41,7 @@ def compute_share(
     balance = [load_balance_loss(r.probs, r.expert_ids, batch.attention_mask, processes.all_reduce) for r in routings]
     terms["balance"] = torch.stack(balance).mean()
     z, gates, top1 = gather_routing(routings, anchors)
-    if queue:
+    if queue is not None:
         # Anchors of other processes get gates of 0 and contribute 0 to the mean over all anchors.
         gates = gates * is_local.unsqueeze(-1)  # (L, n, E)
         keys, filled = queue.keys, queue.filled()
@@ -58,14 +58,11 @@ def take_share(batch: Batch, anchors: Tensor, rank: int, size: int) -> tuple[Bat
     A process without rows gets one without answer tokens, which contributes 0 to every loss.
     """
     rows = torch.arange(len(batch.tokens))[rank::size]
-    if len(rows):
-        tokens, targets, mask = batch.tokens[rows], batch.targets[rows], batch.attention_mask[rows]
-    else:
-        tokens, targets, mask = (
-            batch.tokens[:1],
-            torch.full_like(batch.targets[:1], IGNORE),
-            batch.attention_mask[:1] & False,
-        )
+    is_empty = len(rows) == 0
+    rows = torch.zeros(1, dtype=torch.long) if is_empty else rows
+    tokens, targets, mask = batch.tokens[rows], batch.targets[rows], batch.attention_mask[rows]
+    if is_empty:
+        targets, mask = torch.full_like(targets, IGNORE), torch.zeros_like(mask)
     length = max(1, int(mask.sum(1).max()))
     tokens, targets, mask = tokens[:, :length], targets[:, :length], mask[:, :length]
     answer_positions = (targets.flatten() != IGNORE).nonzero().squeeze(1)

@@ -19,6 +19,7 @@ from minidoctor.cli.device import choose_device, choose_dtype
 from minidoctor.cli.main import is_out_of_memory
 from minidoctor.cli.processes import Processes
 from minidoctor.config import UserError, check
+from minidoctor.evaluate.inputs import TRAINING_QUESTIONS
 from minidoctor.files.safetensors import write_tensors
 from minidoctor.ops.compiled import compile_blocks
 from minidoctor.step import compute_losses, make_optimizer, make_queue, train_step
@@ -29,7 +30,7 @@ from minidoctor.training.memory import estimate, format_estimate, free_memory
 from minidoctor.training.parallel import compute_share, reshard, shard_base
 from minidoctor.training.report import evaluate_rows, write_report
 from minidoctor.training.start import hash_inputs, resume_command
-from minidoctor.training.state import QUESTIONS, Components, RunState, restore, save
+from minidoctor.training.state import Components, RunState, restore, save
 from minidoctor.training.stop import StopSignal
 
 
@@ -127,8 +128,8 @@ def prepare_output(
     # A run can be killed between two files, so those that are missing are written by the resumed run.
     if not state.step or not (out / CONFIG).exists():
         save_adapter_config(out, config.base, state.adapter, str(tokenizer.chat_format))
-    if not state.step or not (out / QUESTIONS).exists():
-        write_tensors(out / QUESTIONS, {"hashes": data.question_hashes})
+    if not state.step or not (out / TRAINING_QUESTIONS).exists():
+        write_tensors(out / TRAINING_QUESTIONS, {"hashes": data.question_hashes})
 
 
 def fit(components: Components, batches: ShuffledBatches, state: RunState, processes: Processes) -> bool:

@@ -12,10 +12,11 @@ from minidoctor.checkpoints.hugging_face import checkpoint_hash
 from minidoctor.cli.flags import from_flags
 from minidoctor.cli.processes import Processes
 from minidoctor.config import AdapterConfig, TrainConfig, UserError, check
+from minidoctor.evaluate.inputs import TRAINING_QUESTIONS
 from minidoctor.training.data import hash_files
 from minidoctor.training.log import METRICS
 from minidoctor.training.report import REPORT
-from minidoctor.training.state import QUESTIONS, STATE, RunState, read_state
+from minidoctor.training.state import STATE, RunState, read_state
 
 INPUTS = ("base", "data", "eval")  # paths; a resumed run compares the content of the files
 
@@ -55,7 +56,7 @@ def start_or_resume(flags: dict[str, Any], processes: Processes = Processes()) -
         saved = read_state(out)
         if not saved.step and not saved.eval_before:
             return state  # interrupted before anything was computed
-    if has_adapter(out) or any(os.path.lexists(out / name) for name in (QUESTIONS, METRICS, REPORT)):
+    if has_adapter(out) or any(os.path.lexists(out / name) for name in (TRAINING_QUESTIONS, METRICS, REPORT)):
         raise UserError(f"{out}: already contains a run or an adapter; use --resume or another --out")
     return state
 

@@ -30,7 +30,7 @@ from minidoctor.files.safetensors import read_header, write_tensors
 from minidoctor.model import Model, adapter_state, trainable_parameters
 from minidoctor.training.log import ExpertLoad
 
-STATE, QUESTIONS = "training_state.safetensors", "training_questions.safetensors"
+STATE = "training_state.safetensors"
 
 
 @dataclass

@@ -6,7 +6,15 @@ import shutil
 
 import pytest
 import torch
-from tiny_checkpoints import ABSENT, change_json, change_tensors, write_bin, write_checkpoint, write_shards
+from tiny_checkpoints import (
+    ABSENT,
+    assert_loads,
+    change_json,
+    change_tensors,
+    write_bin,
+    write_checkpoint,
+    write_shards,
+)
 
 from minidoctor.checkpoints.families import read_model_config
 from minidoctor.checkpoints.hugging_face import checkpoint_hash, load_model
@@ -14,19 +22,6 @@ from minidoctor.files.safetensors import read_tensors, write_tensors
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-
-
-def assert_loads(directory, expected):
-    """Assert that the loaded state equals the expected tensors bit for bit."""
-    state = load_model(directory).state_dict()
-    assert set(state) == set(expected)
-    for name, tensor in expected.items():
-        assert torch.equal(state[name], tensor), name
-
-
-@pytest.fixture
-def base_copy(tmp_path, base_dir):
-    return shutil.copytree(base_dir, tmp_path / "copy")
 
 
 def test_shards_load_as_the_single_file_does(base_dir, base_copy):

@@ -1,11 +1,10 @@
 import json
-import shutil
 from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_checkpoints import ABSENT, change_tensors, write_checkpoint, write_shards
+from tiny_checkpoints import ABSENT, assert_loads, change_tensors, write_checkpoint, write_shards
 
 from minidoctor.checkpoints.families import read_model_config
 from minidoctor.checkpoints.hugging_face import checkpoint_hash, find_non_finite, load_model, save_model
@@ -15,19 +14,6 @@ from minidoctor.model import Model
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-
-
-def assert_loads(directory, expected):
-    """Assert that the loaded state equals the expected tensors bit for bit."""
-    state = load_model(directory).state_dict()
-    assert set(state) == set(expected)
-    for name, tensor in expected.items():
-        assert torch.equal(state[name], tensor), name
-
-
-@pytest.fixture
-def base_copy(tmp_path, base_dir):
-    return shutil.copytree(base_dir, tmp_path / "copy")
 
 
 @pytest.mark.parametrize(

@@ -502,3 +502,14 @@ def test_files_of_the_same_name_are_counted_separately(evaluate_program, tmp_pat
     evaluate_program("--data", cmmlu, dev, "--out", tmp_path / "p.json", base=long_base)
     files = read_json(tmp_path / "p.json")["summary"]["files"]
     assert {name: file["n"] for name, file in files.items()} == {str(cmmlu): 3, str(dev): 3}
+
+
+def test_long_first_prompt_is_printed_in_part(evaluate_program, tmp_path, rows_file):
+    text = "long " * 5000
+    out = tmp_path / "predictions.json"
+    printed = evaluate_program("--data", rows_file({**ROWS[0], "question": text}), "--score", "logits", "--out", out)
+    assert len(printed) < 6000
+    assert text.strip() not in printed
+    assert "more characters" in printed
+    [prompt] = read_json(out)["protocol"]["first_prompts"].values()
+    assert text.strip() in prompt

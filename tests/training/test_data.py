@@ -7,12 +7,12 @@ import torch
 
 from minidoctor.batching import IGNORE
 from minidoctor.config import TrainConfig, UserError
+from minidoctor.evaluate.inputs import TRAINING_QUESTIONS
 from minidoctor.files.safetensors import read_tensors
 from minidoctor.questions.overlap import question_hash, training_hashes
 from minidoctor.questions.read import read_questions
 from minidoctor.text.tokenizer import encode_conversation
 from minidoctor.training.data import hash_files, load_data, select_rows
-from minidoctor.training.state import QUESTIONS
 
 EXAM = """Question,Options,Answer,Explanation
 痛风的关键检查是,"A 尿酸
@@ -100,7 +100,7 @@ def test_a_run_stores_the_hashes_of_the_questions_it_learns(train_run, rows_file
     lines = data.read_text().splitlines()
     path = rows_file(*lines, json.dumps({"messages": chat}), json.dumps(skipped), name="all.jsonl")
     out = train_run(steps=1, data=str(path), max_seq_len=100)
-    (name, hashes), *rest = read_tensors(out / QUESTIONS)
+    (name, hashes), *rest = read_tensors(out / TRAINING_QUESTIONS)
     *rows, last = read_questions(path).rows
     expected = set().union(*(training_hashes(row) for row in rows))
     assert (name, rest, hashes.dtype) == ("hashes", [], torch.int64)

@@ -10,11 +10,12 @@ from paths import ROOT
 
 import train as program_file
 from minidoctor.config import AdapterConfig, UserError
+from minidoctor.evaluate.inputs import TRAINING_QUESTIONS
 from minidoctor.training import run, start
 from minidoctor.training.log import METRICS
 from minidoctor.training.report import REPORT
 from minidoctor.training.start import lock_directory, resume_command, start_or_resume
-from minidoctor.training.state import QUESTIONS, STATE, read_state
+from minidoctor.training.state import STATE, read_state
 
 
 def resume(out, **flags):
@@ -60,7 +61,7 @@ def test_rejected_flags_create_no_directory(tmp_path, program):
 
 
 @pytest.mark.parametrize("name", ["adapter.safetensors", "adapter_model.safetensors", "adapter_model.bin",
-                                  "adapter_config.json", METRICS, REPORT, QUESTIONS])  # fmt: skip
+                                  "adapter_config.json", METRICS, REPORT, TRAINING_QUESTIONS])  # fmt: skip
 def test_a_new_run_overwrites_no_adapter_and_no_result(tmp_path, name):
     (tmp_path / name).write_text("content")
     with pytest.raises(UserError, match="already contains"):
@@ -170,7 +171,7 @@ def test_a_moved_run_resumes(train_run, data, tmp_path, signal_in_step, monkeypa
     assert read_state(Path("run")).step == 4
 
 
-@pytest.mark.parametrize("name", [METRICS, "adapter_config.json", QUESTIONS, "adapter.safetensors"])
+@pytest.mark.parametrize("name", [METRICS, "adapter_config.json", TRAINING_QUESTIONS, "adapter.safetensors"])
 def test_a_deleted_file_does_not_block_resume(stopped, name, capsys):
     content = (stopped / name).read_bytes()
     (stopped / name).unlink()
