@@ -79,11 +79,17 @@ class Losses(NamedTuple):
     top1: Tensor | None  # (L, n)
 
 
+AllReduce = Callable[[list[Tensor]], None]  # sums each tensor over the processes, in place
 LossFunction = Callable[[Model, Batch, Tensor, ExpertQueue | None, TrainConfig], Losses]
 
 
 def compute_losses(
-    model: Model, batch: Batch, anchors: Tensor, queue: ExpertQueue | None, config: TrainConfig
+    model: Model,
+    batch: Batch,
+    anchors: Tensor,
+    queue: ExpertQueue | None,
+    config: TrainConfig,
+    all_reduce: AllReduce | None = None,
 ) -> Losses:
     """Return the losses of a batch. `anchors` (n,) are the flattened positions of the tokens to be contrasted."""
     device = model.lm_head.weight.device
@@ -92,7 +98,7 @@ def compute_losses(
     terms = {"lm": language_model_loss(hidden, model.lm_head.weight, batch.targets, batch.answer_positions)}
     if not routings:
         return Losses(terms, [], None, None)
-    balance = [load_balance_loss(r.probs, r.expert_ids, batch.attention_mask) for r in routings]
+    balance = [load_balance_loss(r.probs, r.expert_ids, batch.attention_mask, all_reduce) for r in routings]
     terms["balance"] = torch.stack(balance).mean()
     z, gates, top1 = gather_routing(routings, anchors)
     if queue is not None:
@@ -108,7 +114,7 @@ def train_step(
     step: int,
     config: TrainConfig,
     compute_losses: LossFunction = compute_losses,
-    all_reduce: Callable[[list[Tensor]], None] | None = None,
+    all_reduce: AllReduce | None = None,
 ) -> StepMetrics:
     """Update the trainable parameters and the queue with one batch, given as micro-batches.
 

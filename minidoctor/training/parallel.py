@@ -19,9 +19,8 @@ from minidoctor.batching import IGNORE, Batch
 from minidoctor.cli.processes import Processes
 from minidoctor.config import TrainConfig
 from minidoctor.expert_queue import ExpertQueue
-from minidoctor.losses import contrastive_routing_loss, language_model_loss, load_balance_loss
 from minidoctor.model import Model, trainable_parameters
-from minidoctor.step import Losses, gather_routing
+from minidoctor.step import Losses, compute_losses
 
 
 def compute_share(
@@ -31,29 +30,24 @@ def compute_share(
 
     With functools.partial(compute_share, processes=...) it takes the place of step.compute_losses.
     """
-    device = model.lm_head.weight.device
-    batch, anchors, is_local = take_share(batch, anchors, processes.rank, processes.size)
-    batch, anchors, is_local = batch.to(device), anchors.to(device), is_local.to(device)
-    hidden, routings = model.hidden(batch.tokens, recompute=config.recompute)  # (B, T, D), L routings
-    terms = {"lm": language_model_loss(hidden, model.lm_head.weight, batch.targets, batch.answer_positions)}
-    if not routings:
-        return Losses(terms, [], None, None)
-    balance = [load_balance_loss(r.probs, r.expert_ids, batch.attention_mask, processes.all_reduce) for r in routings]
-    terms["balance"] = torch.stack(balance).mean()
-    z, gates, top1 = gather_routing(routings, anchors)
-    if queue is not None:
-        # Anchors of other processes get gates of 0 and contribute 0 to the mean over all anchors.
-        gates = gates * is_local.unsqueeze(-1)  # (L, n, E)
-        keys, filled = queue.keys, queue.filled()
-        terms["contrast"] = contrastive_routing_loss(z, gates, keys, filled, config.contrast_temperature)
-    z, top1 = z.detach() * is_local.unsqueeze(-1), top1 * is_local  # (L, n, Z), (L, n)
+    share, local_anchors, is_local = take_share(batch, anchors, processes.rank, processes.size)
+    losses = compute_losses(model, share, local_anchors, queue, config, processes.all_reduce)
+    if losses.z is None or losses.top1 is None:
+        return losses
+    n_local, terms = int(is_local.sum()), dict(losses.terms)
+    if "contrast" in terms:  # the mean over local anchors becomes their part of the mean over all
+        terms["contrast"] = terms["contrast"] * (n_local / len(anchors))
+    z = losses.z.new_zeros(len(losses.z), len(anchors), losses.z.shape[-1])  # (L, n, Z)
+    top1 = losses.top1.new_zeros(len(losses.top1), len(anchors))  # (L, n)
+    columns = is_local.nonzero().squeeze(1).to(z.device)  # (n_local,)
+    z[:, columns], top1[:, columns] = losses.z[:, :n_local], losses.top1[:, :n_local]
     for tensor in (z, top1):
         processes.all_reduce([tensor])  # exact: every entry is 0 in all processes but one
-    return Losses(terms, routings, z, top1)
+    return Losses(terms, losses.routings, z, top1)
 
 
 def take_share(batch: Batch, anchors: Tensor, rank: int, size: int) -> tuple[Batch, Tensor, Tensor]:
-    """Return rows rank, rank + size, ... of a batch, the anchors' positions in it, and which anchors it contains (n,).
+    """Return rows rank, rank + size, ... of a batch, positions of its anchors, and which of all anchors they are (n,).
 
     A process without rows gets one without answer tokens, which contributes 0 to every loss.
     """
@@ -68,7 +62,9 @@ def take_share(batch: Batch, anchors: Tensor, rank: int, size: int) -> tuple[Bat
     answer_positions = (targets.flatten() != IGNORE).nonzero().squeeze(1)
     row, column = anchors // batch.tokens.shape[1], anchors % batch.tokens.shape[1]
     is_local = row % size == rank
-    local_anchors = torch.where(is_local, row // size * length + column, 0)
+    local_anchors = (row // size * length + column)[is_local]
+    if not len(local_anchors):
+        local_anchors = torch.zeros(1, dtype=torch.long)  # a mean needs one; it is multiplied by 0
     return Batch(tokens, targets, mask, answer_positions), local_anchors, is_local
 
 
