@@ -70,9 +70,13 @@ class Tokenizer:
         for i in ids:
             if i in self.displayed:
                 text, run, position = text + self.backend.decode(run, position) + self.displayed[i], [], SECTION
-            elif i < self.backend.size and i not in self.names:
+            elif self.has_text(i):
                 run.append(i)
         return text + self.backend.decode(run, position)
+
+    def has_text(self, i: int) -> bool:
+        """Return False for ids that decode to nothing: special tokens and ids that are not in the vocabulary."""
+        return i in self.displayed or (i < self.backend.size and i not in self.names)
 
     def chat_turns(self, messages: list[dict[str, str]]) -> list[tuple[list[int], bool]]:
         """Encode a conversation as segments: token ids, and True for those of the assistant, which are trained.
