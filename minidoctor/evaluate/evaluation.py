@@ -70,7 +70,7 @@ def sha256(text: str) -> str:
 
 
 def make_prediction(question: PromptedQuestion, config: EvalConfig, outcomes: dict[str, Outcome]) -> Prediction:
-    row, copied = question.row, ("id", "exam", "topic", "language", "multiple_answers", "metadata")
+    row, copied = question.row, ("id", "exam", "topic", "kind", "language", "multiple_answers", "metadata")
     headline = applicable_methods(config, row)[0]
     outcome = outcomes.get(headline)
     return Prediction(

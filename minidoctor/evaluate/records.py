@@ -46,6 +46,7 @@ class Prediction:
     shots: int
     file: str
     trained_on: bool | None  # occurs in the training questions; None: these are unknown
+    kind: str = ""
 
 
 class ResultFile(NamedTuple):

@@ -12,9 +12,11 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from minidoctor.evaluate.free_form import contains
 from minidoctor.evaluate.records import Prediction
 
 RESAMPLES = 10_000
+OUT_OF_SCOPE = "out of scope"  # the kind of the questions whose answer contains no fact
 Interval = tuple[float, float]
 
 
@@ -36,6 +38,14 @@ class MethodSummary(Accuracy):
 
 
 @dataclass(frozen=True)
+class ScopeSummary:
+    """Refusals among the generated answers: those that contain the expected answer of any question out of scope."""
+
+    refusals: Accuracy  # of the questions out of scope, by the same or another of these answers: no fact is invented
+    false_refusals: Accuracy  # of all other questions
+
+
+@dataclass(frozen=True)
 class Summary(MethodSummary):
     """A group of questions, such as all, a language or a benchmark. The inherited fields are those of the headline."""
 
@@ -51,6 +61,8 @@ class Summary(MethodSummary):
     free_form_accuracy: float | None
     n_free_form: int
     languages: dict[str, "Summary"] = field(default_factory=dict)
+    kinds: dict[str, dict[str, Accuracy]] = field(default_factory=dict)  # by the rows' "kind" and language
+    scope: dict[str, ScopeSummary] = field(default_factory=dict)  # by language, if there are questions out of scope
     exams: dict[str, "Summary"] = field(default_factory=dict)
     subjects: dict[str, MethodSummary] = field(default_factory=dict)  # of a benchmark, as the next two
     parts: dict[str, MethodSummary] = field(default_factory=dict)  # CMB: exam types, CMMLU: subjects
@@ -171,11 +183,31 @@ def summarize_file(predictions: list[Prediction]) -> FileSummary:
     return FileSummary(len(predictions), n_trained_on, summarize([p for p in predictions if not p.trained_on]))
 
 
+def summarize_scope(predictions: list[Prediction]) -> ScopeSummary:
+    expected = {p.answer for p in predictions if p.kind == OUT_OF_SCOPE}
+    marks: dict[bool, list[bool]] = {True: [], False: []}
+    for p in predictions:
+        if p.scoring == "generate":
+            marks[p.kind == OUT_OF_SCOPE].append(any(contains(p.prediction or "", answer) for answer in expected))
+    return ScopeSummary(mean_accuracy(marks[True]), mean_accuracy(marks[False]))
+
+
 def full_summary(predictions: list[Prediction]) -> Summary:
-    """Summarize all questions, those of each language and file, and those of each benchmark with its parts."""
+    """Summarize all questions, those of each language, kind and file, and those of each benchmark with its parts."""
+    languages = dict(sorted(group_by(predictions, lambda p: p.language).items()))
+    kinds = dict(sorted(group_by([p for p in predictions if p.correct is not None], lambda p: p.kind).items()))
+    out_of_scope = {p.language for p in kinds.get(OUT_OF_SCOPE, ())}
     return replace(
         summarize(predictions),
-        languages={name: summarize(p) for name, p in sorted(group_by(predictions, lambda p: p.language).items())},
+        languages={name: summarize(group) for name, group in languages.items()},
+        kinds={
+            kind: {
+                name: mean_accuracy([bool(p.correct) for p in group if p.language == name])
+                for name in sorted({p.language for p in group})
+            }
+            for kind, group in kinds.items()
+        },
+        scope={name: summarize_scope(languages[name]) for name in languages if name in out_of_scope},
         exams={name: summarize_exam(group) for name, group in group_by(predictions, lambda p: p.exam).items()},
         files={name: summarize_file(group) for name, group in group_by(predictions, lambda p: p.file).items()},
     )

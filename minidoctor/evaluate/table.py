@@ -45,6 +45,11 @@ def format_summary(summary: Summary) -> str:
     if len(summary.languages) > 1:
         for name, group in summary.languages.items():
             lines += group_lines(name, group, baselines=False)
+    for kind, languages in summary.kinds.items():
+        lines += [line(f"{kind}, {name}", "", accuracy) for name, accuracy in languages.items()]
+    for name, scope in summary.scope.items():
+        lines.append(line(f"no fact if out of scope, {name}", "", scope.refusals))
+        lines.append(line(f"false refusals, {name}", "", scope.false_refusals))
     for name, exam in summary.exams.items():
         if len(summary.exams) > 1 or summary.n != exam.n:
             lines += group_lines(name, exam, baselines=True)

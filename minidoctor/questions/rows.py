@@ -22,6 +22,7 @@ class Row:
     answer: str  # the correct letters in alphabetical order, or the text; empty if not published
     topic: str
     language: str  # "zh" if the question contains a Chinese character, otherwise "en"
+    kind: str = ""  # such as "new name": accuracies are also reported by kind
     explanation: str = ""
     multiple_answers: bool = False  # several letters may be correct: by CMB's question type, otherwise by the answer
     exam: str = ""  # the benchmark: cmmlu, cmexam or cmb
@@ -76,12 +77,13 @@ def conversation(question: str, answer: str) -> list[dict[str, str]]:
 def make_row(
     record: Mapping[str, Any], default_id: str, question: str, answer: str, options: dict[str, str], **fields: Any
 ) -> Row:
-    """Return the row of a record, whose "id", "topic" and "explanation" are optional. `fields` replace any value."""
+    """Return the row of a record with optional "id", "topic", "kind" and "explanation". `fields` replace any value."""
     messages = conversation(*(format_multiple_choice(question, options, answer) if options else (question, answer)))
     values: dict[str, Any] = {
         "id": str(record["id"]) if isinstance(record.get("id"), int) else optional_text(record, "id") or default_id,
         "messages": messages if answer else messages[:1],
         "topic": optional_text(record, "topic"),
+        "kind": optional_text(record, "kind"),
         "language": "zh" if re.search("[\u4e00-\u9fff]", question) else "en",
         "explanation": optional_text(record, "explanation"),
         "multiple_answers": bool(options) and len(answer) > 1,

@@ -5,7 +5,7 @@ from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
-from random_predictions import EXAM_TYPES, n_correct_of, random_predictions
+from random_predictions import EXAM_TYPES, make_prediction, n_correct_of, random_predictions
 
 from minidoctor.config import UserError
 from minidoctor.evaluate.records import Outcome, Prediction
@@ -103,6 +103,34 @@ def test_every_number_follows_from_the_predictions(seed, n):
         assert mean.n == len(shares)
         assert mean.accuracy == (pytest.approx(sum(shares) / len(shares)) if shares else None)
         assert (mean.interval is None) == (not shares)
+
+
+def free_form(answer, reply, kind, language="en"):
+    outcome = Outcome(reply=reply, prediction=reply, correct=reply == answer)
+    return make_prediction(
+        outcome, scoring="generate", answer=answer, kind=kind, language=language, exam="", n_options=0
+    )
+
+
+def test_accuracies_by_kind_and_language():
+    predictions = [free_form("gout", "gout", "new name"), free_form("gout", "flu", "new name")]
+    predictions += [free_form("flu", "flu", "new name", "zh"), free_form("flu", "flu", "")]
+    predictions += [make_prediction(kind="new name"), *n_correct_of(3, 1, kind="choice")]
+    kinds = full_summary(predictions).kinds
+    shares = {(kind, name): (a.accuracy, a.n) for kind, group in kinds.items() for name, a in group.items()}
+    assert shares == {("new name", "en"): (0.5, 2), ("new name", "zh"): (1.0, 1), ("choice", "zh"): (1 / 3, 3)}
+
+
+def test_a_refusal_is_the_expected_answer_of_any_question_out_of_scope():
+    unknown, hello = "I do not know this.", "Hello."
+    predictions = [free_form(unknown, hello, "out of scope"), free_form(hello, "gout", "out of scope")]
+    predictions += [free_form("gout", unknown, "new name"), free_form("gout", "gout", ""), free_form("gout", "flu", "")]
+    predictions += [free_form("gout", "gout", "", "zh"), *n_correct_of(3, 1, language="en")]
+    summary = full_summary(predictions)
+    assert list(summary.scope) == ["en"]
+    assert (summary.scope["en"].refusals.accuracy, summary.scope["en"].refusals.n) == (1 / 2, 2)
+    assert (summary.scope["en"].false_refusals.accuracy, summary.scope["en"].false_refusals.n) == (1 / 3, 3)
+    assert summary.kinds["out of scope"]["en"].accuracy == 0
 
 
 def test_predictions_and_summary_survive_json():

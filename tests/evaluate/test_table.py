@@ -78,6 +78,18 @@ def test_table_contains_every_number_of_the_summary(seed):
     assert max(map(len, text.splitlines())) <= 120
 
 
+def test_table_reports_kinds_and_refusals():
+    fields = {"scoring": "generate", "exam": "", "language": "en", "n_options": 0, "longest_option": ""}
+    known = Outcome(reply="flu", prediction="flu", correct=False)
+    refusal = Outcome(reply="Hello.", prediction="Hello.", correct=True)
+    predictions = [make_prediction(known, answer="gout", kind="new name", **fields) for _ in range(4)]
+    predictions.append(make_prediction(refusal, answer="Hello.", kind="out of scope", **fields))
+    lines = {line[:32].strip(): line.split()[-2:] for line in format_summary(full_summary(predictions)).splitlines()}
+    assert lines["new name, en"] == ["0.0%", "4"]
+    assert lines["out of scope, en"] == lines["no fact if out of scope, en"] == ["100.0%", "1"]
+    assert lines["false refusals, en"] == ["0.0%", "4"]
+
+
 def test_table_has_no_line_without_content():
     text = format_summary(full_summary(n_correct_of(20, 11)))
     lines = text.splitlines()

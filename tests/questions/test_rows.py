@@ -89,6 +89,12 @@ def test_the_language_is_that_of_the_question():
     assert [make_row({}, "1", question, "痛风", {}).language for question in ("gout?", "痛风?")] == ["en", "zh"]
 
 
+def test_the_kind_is_optional_text():
+    assert [make_row(record, "1", "x", "y", {}).kind for record in ({}, {"kind": "new name"})] == ["", "new name"]
+    with pytest.raises(UserError, match='"kind"'):
+        make_row({"kind": 1}, "1", "x", "y", {})
+
+
 def test_an_explanation_follows_the_answer():
     row = make_row({"explanation": "Because."}, "1", "Which?", "B", OPTIONS)
     assert add_explanation(row) == [row.messages[0], {"role": "assistant", "content": "B. asthma\nBecause."}]
