@@ -1,14 +1,16 @@
 """Baselines of other packages on the same frozen weights and adapted layers.
 
     transformers + peft    plain LoRA
+    with bitsandbytes      plain LoRA on a base in NF4, QLoRA: https://arxiv.org/abs/2305.14314
     mixlora                a loop over experts: https://arxiv.org/abs/2404.15159
+    llama-cpp-python       decoding of gguf files by llama.cpp
 
 The packages are optional and imported where used.
 """
 
 from collections.abc import Callable
 from importlib.util import find_spec
-from itertools import product
+from itertools import islice, product
 from typing import Any
 
 import torch
@@ -16,8 +18,10 @@ from torch import Tensor, nn
 
 from minidoctor.batching import IGNORE, Batch
 from minidoctor.checkpoints.families import config_settings
-from minidoctor.config import AdapterConfig, TrainConfig
+from minidoctor.config import AdapterConfig, ModelConfig, TrainConfig, UserError, check
 from minidoctor.model import Model, is_adapter_name
+
+Trainable = tuple[nn.Module, list[nn.Parameter]]
 
 
 def installed(*packages: str) -> bool:
@@ -35,17 +39,34 @@ def transformers_model(model: Model) -> Any:
     return baseline.requires_grad_(False)
 
 
-def peft_lora(model: Model, adapter: AdapterConfig) -> tuple[nn.Module, list[nn.Parameter]]:
-    """Return peft's plain LoRA on the frozen model, and its trainable parameters."""
+def peft_lora(model: Model, adapter: AdapterConfig, nf4: bool = False) -> Trainable:
+    """Return peft's plain LoRA on the frozen model, in NF4 or as it is, and its trainable parameters."""
     from peft import LoraConfig, get_peft_model
 
-    targets = list(adapter.targets)
+    targets, baseline = list(adapter.targets), transformers_model(model)
+    if nf4:
+        quantize_blocks(baseline)
     config = LoraConfig(r=adapter.rank, lora_alpha=adapter.alpha, target_modules=targets, task_type="CAUSAL_LM")
-    baseline = get_peft_model(transformers_model(model), config)
+    baseline = get_peft_model(baseline, config)
     return baseline, [p for p in baseline.parameters() if p.requires_grad]
 
 
-def mixlora(model: Model, adapter: AdapterConfig) -> tuple[nn.Module, list[nn.Parameter]]:
+def quantize_blocks(baseline: Any) -> None:
+    """Replace the linear layers of the blocks by those of bitsandbytes, in NF4 with double quantization."""
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    for module in list(baseline.model.layers.modules()):
+        for name, layer in module.named_children():
+            if isinstance(layer, nn.Linear):
+                weight, bias = layer.weight, layer.bias
+                nf4 = Linear4bit(*weight.shape[::-1], bias is not None, weight.dtype, quant_type="nf4", device="meta")
+                nf4.weight = Params4bit(weight, requires_grad=False, quant_type="nf4", module=nf4)
+                nf4.bias = bias
+                setattr(module, name, nf4.to(weight.device))  # which quantizes
+    baseline.is_loaded_in_4bit = True  # peft then uses its layer for bitsandbytes
+
+
+def mixlora(model: Model, adapter: AdapterConfig) -> Trainable:
     """Return MixLoRA's experts on the frozen model, and its trainable parameters."""
     from mixlora.config import MixLoraConfig
     from mixlora.model import inject_adapter_in_model
@@ -101,3 +122,26 @@ def make_step(baseline: nn.Module, trainable: list[nn.Parameter], config: TrainC
         return loss.detach()
 
     return step
+
+
+def make_llama_cpp_decoder(
+    file: str, prompt: list[int], n: int, config: ModelConfig, gpu: bool
+) -> Callable[[], list[int]]:
+    """Return greedy decoding of n tokens by llama.cpp. Raises UserError unless the file has the shape of `config`."""
+    import llama_cpp
+
+    check(not gpu or llama_cpp.llama_supports_gpu_offload(), "llama-cpp-python was built without GPU; use --device cpu")
+    threads: dict[str, Any] = dict.fromkeys(("n_threads", "n_threads_batch"), torch.get_num_threads())
+    try:
+        model = llama_cpp.Llama(file, n_ctx=len(prompt) + n, n_gpu_layers=-1 if gpu else 0, verbose=False, **threads)
+    except ValueError as error:
+        raise UserError(f"{file}: {error}") from None
+    sizes = (model.n_vocab(), model.n_embd(), llama_cpp.llama_model_n_layer(model.model))
+    expected = (config.vocab_size, config.dim, config.n_layers)
+    check(sizes == expected, f"{file}: has vocabulary, width and layers {sizes}, the base {expected}")
+
+    def decode() -> list[int]:
+        model.reset()  # otherwise the prompt of the round before would still be in the cache
+        return list(islice(model.generate(prompt, temp=0.0), n))
+
+    return decode

@@ -1,62 +1,55 @@
-"""Peak memory of training steps, each implementation in a separate process, on Linux.
+"""Peak memory, each implementation in a separate process, on Linux.
 
 On a CPU it is the peak of the process's resident memory, on a GPU that of PyTorch's allocations. Building the model
 is not included.
 """
 
+import ctypes
 import multiprocessing
+from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from minidoctor.bench import baselines
-from minidoctor.bench.implementations import make_base, make_step, random_batch
-from minidoctor.bench.options import BenchConfig
-from minidoctor.bench.timing import Result, ratio
-from minidoctor.config import UserError, check
+from minidoctor.config import UserError
 
 CLEAR_PEAK = Path("/proc/self/clear_refs")
+Build = Callable[[], Callable[[], Any]]  # returns the call whose memory is measured
 
 
-def bench_memory(config: BenchConfig) -> Result:
-    """Measure the peak memory of each implementation once. It hardly varies, so the ratio is that of a single round."""
-    check(CLEAR_PEAK.exists(), "the peak memory of a process is measured on Linux only")
-    names = ["minidoctor", *["peft"] * baselines.installed("transformers", "peft")]
-    peaks: dict[str, tuple[float, float]] = {}
-    for name in names:
+def peak_memory(builds: Mapping[str, Build], n_calls: int) -> dict[str, list[float]]:
+    """Return the peak memory until each call in GiB, by implementation, or nothing on a system other than Linux.
+
+    The builds are sent to the processes, so they must be functions of a module or partials of them.
+    """
+    if not CLEAR_PEAK.exists():
+        return {}
+    peaks: dict[str, list[float]] = {}
+    for name, build in builds.items():
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
             try:
-                peaks[name] = pool.submit(measure_peaks, name, config).result()
+                peaks[name] = pool.submit(measure_peaks, build, n_calls, torch.get_num_threads()).result()
             except BrokenProcessPool:
-                raise UserError(f"{name}: process killed, perhaps for lack of memory; lower --batch-size") from None
-    return {
-        "peak_gib": {name: peak for name, (peak, _) in peaks.items()},
-        "peak_gib_after_steps": {name: last for name, (_, last) in peaks.items()},
-        "ratio_to_peft": ratio([peaks["minidoctor"][0]], [peaks["peft"][0]] if "peft" in peaks else None),
-    }
+                raise UserError(f"{name}: process killed, perhaps for lack of memory; use a smaller batch") from None
+    return peaks
 
 
-def measure_peaks(name: str, config: BenchConfig) -> tuple[float, float]:
-    """Return the peak memory of the first three training steps and of all, in GiB."""
-    torch.set_num_threads(config.threads or torch.get_num_threads())
-    base, plain_lora = make_base(config), replace(config.experts, n_experts=1, top_k=1)
-    batch = random_batch(base.config.vocab_size, config.batch_size, config.seq_len)
-    if name == "peft":
-        step = baselines.make_step(*baselines.peft_lora(base, plain_lora), config.train)
-    else:
-        step = make_step(base, config.experts, config.train)
+def measure_peaks(build: Build, n_calls: int, n_threads: int) -> list[float]:
+    torch.set_num_threads(n_threads)
+    call = build()
     if torch.cuda.is_initialized():
         torch.cuda.reset_peak_memory_stats()
     else:
+        ctypes.CDLL(None).malloc_trim(0)  # returns freed memory, such as weights before their quantization
         CLEAR_PEAK.write_text("5")  # proc(5): resets the peak to the current value
     peaks = []
-    for _ in range(config.steps):
-        step(batch)
+    for _ in range(n_calls):
+        call()
         peaks.append(peak_gib())
-    return peaks[2], peaks[-1]
+    return peaks
 
 
 def peak_gib() -> float:

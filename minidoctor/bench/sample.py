@@ -1,59 +1,95 @@
-"""Decoding speed, next to transformers and the memory bandwidth, and the time until the first token.
+"""Decoding speed, next to transformers, llama.cpp and the memory bandwidth, and the time until the first token.
 
 Decoding at batch size 1 is memory-bound. Its lower bound is one read of all weights per token, timed here as a sum
 over each weight where it is stored.
 """
 
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from minidoctor.bench import baselines
 from minidoctor.bench.implementations import make_base, share_weights
+from minidoctor.bench.memory import Build, peak_memory
 from minidoctor.bench.options import SHAPES, BenchConfig
 from minidoctor.bench.timing import Result, alternate, medians, ratio
 from minidoctor.config import SampleConfig, check
 from minidoctor.generate import complete
+from minidoctor.model import Model
 
 N_READS = 8  # of all weights, per round
+PROMPT = list(range(16))
 
 
-def bench_sample(config: BenchConfig) -> Result:
+def bench_sample(config: BenchConfig, gguf: Sequence[str] = ()) -> Result:
     """Time greedy decoding of each implementation. README.md explains the keys of the result."""
-    base, n = make_base(config, SHAPES[config.shape].n_layers), config.new_tokens
+    base, n = make_sample_base(config), config.new_tokens
     device, weights = base.lm_head.weight.device, [p.detach() for p in base.parameters()]
-    prompt = torch.randint(base.config.vocab_size, (16,), generator=torch.Generator().manual_seed(0)).tolist()
-    settings = SampleConfig(max_new_tokens=n)
     ours = share_weights(base, compiled=config.compile).eval()
     calls: dict[str, Callable[[], Any]] = {
         "read": lambda: [weight.sum() for _ in range(N_READS) for weight in weights],
-        "batch 1": partial(complete, ours, [prompt], settings, ()),
-        "batch 8": partial(complete, ours, [prompt] * 8, settings, ()),
+        "batch 1": make_decoder(config, ours),
+        "batch 8": make_decoder(config, ours, batch_size=8),
     }
+    builds: dict[str, Build] = {"minidoctor": partial(make_decoder, config)}
     if config.compile:
-        calls["batch 1, not compiled"] = partial(complete, base, [prompt], settings, ())
+        calls["batch 1, not compiled"] = make_decoder(config, base)
     if baselines.installed("transformers"):
-        baseline, tokens = baselines.transformers_model(base).eval(), torch.tensor([prompt], device=device)
-        calls["transformers"] = partial(baseline.generate, tokens, max_new_tokens=n, min_new_tokens=n, do_sample=False)
+        calls["transformers"] = make_transformers_decoder(config, base)
+        builds["transformers"] = partial(make_transformers_decoder, config)
+    llama_cpp = llama_cpp_builds(gguf, n, base)
+    calls |= {f"llama.cpp {name}": build() for name, build in llama_cpp.items()}
+    if device.type == "cpu":  # on a GPU, PyTorch does not count the memory of llama.cpp
+        builds |= {f"llama.cpp {name}": build for name, build in llama_cpp.items()}
     counts = dict.fromkeys(calls, n) | {"read": N_READS, "batch 8": 8 * n}
     speed = alternate(calls, counts, config.rounds, device)
     reads, single = speed.pop("read"), speed["batch 1"]
     lower_bound, weights_gb = medians({"read": reads})["read"], sum(weight.nbytes for weight in weights) / 1e9
     return {
-        "unit": "tokens per second, with the prefill of 16 prompt tokens",
+        "unit": f"tokens per second, with the prefill of {len(PROMPT)} prompt tokens",
         "speed": medians(speed),
         "lower_bound": lower_bound,
         "bandwidth_gb_per_second": lower_bound * weights_gb,
         "weights_gb": weights_gb,
         "dtype": str(base.lm_head.weight.dtype),
+        "peak_gib": {name: peaks[-1] for name, peaks in peak_memory(builds, 1).items()},
         "ratio_to_transformers": ratio(single, speed.get("transformers")),
+        "ratio_to_llama_cpp": {name: ratio(single, speed[f"llama.cpp {name}"]) for name in llama_cpp} or None,
         "of_lower_bound": ratio(single, reads),
         "batch_8_over_1": ratio(speed["batch 8"], single),
         "compiled_over_not": ratio(single, speed.get("batch 1, not compiled")),
     }
+
+
+def make_sample_base(config: BenchConfig) -> Model:
+    return make_base(config, SHAPES[config.shape].n_layers)
+
+
+def make_decoder(config: BenchConfig, model: Model | None = None, batch_size: int = 1) -> Callable[[], Any]:
+    model = model or share_weights(make_sample_base(config), compiled=config.compile).eval()
+    return partial(complete, model, [PROMPT] * batch_size, SampleConfig(max_new_tokens=config.new_tokens), ())
+
+
+def make_transformers_decoder(config: BenchConfig, base: Model | None = None) -> Callable[[], Any]:
+    model, n = baselines.transformers_model(base or make_sample_base(config)).eval(), config.new_tokens
+    prompt = torch.tensor([PROMPT], device=model.device)
+    return partial(model.generate, prompt, max_new_tokens=n, min_new_tokens=n, do_sample=False)
+
+
+def llama_cpp_builds(files: Sequence[str], n: int, base: Model) -> dict[str, Build]:
+    """Return functions that load a decoder for each gguf file, by the file's stem."""
+    if files and not baselines.installed("llama_cpp"):
+        print("llama.cpp is not measured: pip install llama-cpp-python", file=sys.stderr)
+        return {}
+    stems = [Path(file).stem for file in files]
+    check(len({*stems}) == len(stems), f"--gguf: expected files of different names, got {', '.join(stems)}")
+    build, gpu = baselines.make_llama_cpp_decoder, base.lm_head.weight.device.type != "cpu"
+    return {stem: partial(build, file, PROMPT, n, base.config, gpu) for stem, file in zip(stems, files, strict=True)}
 
 
 def bench_load(config: BenchConfig) -> Result:

@@ -20,7 +20,9 @@ class Ratio:
 
 
 Rounds = dict[str, list[float]]  # a value per round, by implementation
-Result = dict[str, float | str | dict[str, float] | Ratio | None]  # the values by their key in the output
+Result = dict[
+    str, float | str | dict[str, float] | Ratio | dict[str, Ratio | None] | None
+]  # the values by their key in the output
 
 
 def ratio(a: list[float], b: list[float] | None) -> Ratio | None:

@@ -1,4 +1,4 @@
-"""Training speed, next to peft, MixLoRA and the frozen model's forward and backward pass."""
+"""Training speed and memory, next to peft, MixLoRA and the frozen model's forward and backward pass."""
 
 import sys
 from collections.abc import Callable
@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from minidoctor.batching import Batch, ShuffledBatches, collate
 from minidoctor.bench import baselines
 from minidoctor.bench.implementations import Step, make_base, make_frozen_step, make_step, random_batch
+from minidoctor.bench.memory import peak_memory
 from minidoctor.bench.options import FEED_FORWARD, BenchConfig
 from minidoctor.bench.timing import Result, alternate, medians, ratio
 from minidoctor.config import check
@@ -21,16 +22,17 @@ from minidoctor.text.tokenizer import encode_conversation, load_tokenizer
 
 N_BATCHES = 8  # of questions, per round
 N_PRODUCTS = 20  # large matrix products per round: their speed is the peak of MFU, model FLOPs utilization
+BASELINES = ("peft", "qlora", "mixlora")
 
 
 def bench_train(config: BenchConfig) -> Result:
     """Time a training step of each implementation. README.md explains the keys of the result."""
     base = make_base(config)
     device, vocab_size = base.lm_head.weight.device, base.config.vocab_size
-    steps = training_steps(base, config)
+    steps = {name: build() for name, build in training_steps(base, config).items()}
     batch = random_batch(vocab_size, config.batch_size, config.seq_len)
     by_length, shuffled = question_batches(config) if config.data else ([batch], [batch])
-    batches = {name: shuffled if name in ("peft", "mixlora") else by_length for name in steps}
+    batches = {name: shuffled if name in BASELINES else by_length for name in steps}
     size = 4096 if device.type == "cuda" else 1024
     a, b, c = torch.randn(3, size, size).to(base.lm_head.weight)
     calls: dict[str, Callable[[], Any]] = {name: partial(run_steps, steps[name], batches[name]) for name in steps}
@@ -45,8 +47,8 @@ def bench_train(config: BenchConfig) -> Result:
     return {
         "unit": "answer tokens per second" if config.data else "tokens per second",
         "speed": medians(speed),
-        "ratio_to_peft": ratio(ours, speed.get("peft")),
-        "ratio_to_mixlora": ratio(ours, speed.get("mixlora")),
+        "peak_gib": {name: peaks[-1] for name, peaks in training_memory(config, 3).items()},
+        **{f"ratio_to_{name}": ratio(ours, speed.get(name)) for name in BASELINES},
         "of_lower_bound": ratio(ours, speed["frozen model"]),
         "moe_over_lora": ratio(speed["minidoctor, plain LoRA"], ours),
         "contrast_over_none": ratio(speed["minidoctor, no contrast"], ours),
@@ -57,25 +59,53 @@ def bench_train(config: BenchConfig) -> Result:
     }
 
 
-def training_steps(base: Model, config: BenchConfig) -> dict[str, Step]:
-    """Return the training step of each implementation by name. All share the weights of `base`."""
+def training_steps(base: Model, config: BenchConfig) -> dict[str, Callable[[], Step]]:
+    """Return functions that build the training step of each implementation. All share the weights of `base`."""
     experts, train = config.experts, config.train
     lora, eager = replace(experts, n_experts=1, top_k=1), replace(train, compile=False)
-    steps = {
-        "minidoctor": make_step(base, experts, train),
-        "minidoctor, no contrast": make_step(base, experts, replace(train, contrast_weight=0.0)),
-        "minidoctor, plain LoRA": make_step(base, lora, train),
-        "minidoctor, loop over experts": make_step(base, experts, eager, loop=True),
-        "frozen model": make_frozen_step(base, config.compile),
+    steps: dict[str, Callable[[], Step]] = {
+        "minidoctor": partial(make_step, base, experts, train),
+        "minidoctor, no contrast": partial(make_step, base, experts, replace(train, contrast_weight=0.0)),
+        "minidoctor, plain LoRA": partial(make_step, base, lora, train),
+        "minidoctor, loop over experts": partial(make_step, base, experts, eager, loop=True),
+        "frozen model": partial(make_frozen_step, base, config.compile),
     }
     if config.compile:
-        steps["minidoctor, not compiled"] = make_step(base, experts, eager)
+        steps["minidoctor, not compiled"] = partial(make_step, base, experts, eager)
     if baselines.installed("transformers", "peft"):
-        steps["peft"] = baselines.make_step(*baselines.peft_lora(base, lora), train)
+        steps["peft"] = lambda: baselines.make_step(*baselines.peft_lora(base, lora), train)
+        if baselines.installed("bitsandbytes"):
+            steps["qlora"] = lambda: baselines.make_step(*baselines.peft_lora(base, lora, nf4=True), train)
     feed_forward_only = set(config.targets) <= set(FEED_FORWARD)  # MixLoRA has no experts in the attention
     if baselines.installed("transformers", "mixlora") and feed_forward_only and not base.config.qk_norm:
-        steps["mixlora"] = baselines.make_step(*baselines.mixlora(base, experts), train)
+        steps["mixlora"] = lambda: baselines.make_step(*baselines.mixlora(base, experts), train)
     return steps
+
+
+def training_memory(config: BenchConfig, n_steps: int) -> dict[str, list[float]]:
+    """Return the peak memory until each training step on random tokens in GiB, by implementation."""
+    names = ["minidoctor", *["peft"] * baselines.installed("transformers", "peft")]
+    names += ["qlora"] * baselines.installed("transformers", "peft", "bitsandbytes")
+    return peak_memory({name: partial(build_step, name, config) for name in names}, n_steps)
+
+
+def build_step(name: str, config: BenchConfig) -> Callable[[], Any]:
+    base = make_base(config)
+    batch = random_batch(base.config.vocab_size, config.batch_size, config.seq_len)
+    return partial(training_steps(base, config)[name](), batch)
+
+
+def bench_memory(config: BenchConfig) -> Result:
+    """Measure the peak memory of each implementation once. It hardly varies, so the ratio is that of a single round."""
+    peaks = training_memory(config, config.steps)
+    check(bool(peaks), "the peak memory of a process is measured on Linux only")
+    first = {name: values[2:3] for name, values in peaks.items()}
+    return {
+        "peak_gib": medians(first),
+        "peak_gib_after_steps": {name: values[-1] for name, values in peaks.items()},
+        "ratio_to_peft": ratio(first["minidoctor"], first.get("peft")),
+        "ratio_to_qlora": ratio(first["minidoctor"], first.get("qlora")),
+    }
 
 
 def run_steps(step: Step, batches: list[Batch]) -> None:

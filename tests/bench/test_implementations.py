@@ -92,6 +92,22 @@ def test_baseline_step_starts_at_the_loss_of_the_base(name, base):
     assert step(batch) < first
 
 
+def test_qlora_step_trains_on_a_base_in_nf4(base):
+    pytest.importorskip("transformers"), pytest.importorskip("peft"), pytest.importorskip("bitsandbytes")
+    adapter, batch = AdapterConfig(1, 1, 2, targets=FEED_FORWARD), random_batch(60, 2, 8)
+    losses = []
+    for nf4 in (False, True):
+        model, trainable = baselines.peft_lora(base, adapter, nf4)
+        step = baselines.make_step(model, trainable, TrainConfig(lr=1e-2))
+        losses.append([float(step(batch)) for _ in range(3)])
+        assert {p.dtype for p in model.base_model.model.model.layers.parameters() if not p.requires_grad} == (
+            {torch.uint8, torch.float32} if nf4 else {torch.float32}
+        )
+    assert losses[1][0] != losses[0][0]
+    assert losses[1][0] == pytest.approx(losses[0][0], rel=0.05)  # NF4 has 16 levels
+    assert losses[1][2] < losses[1][0]
+
+
 @pytest.mark.parametrize("switch", [{}, {"qk_norm": True}, {"qkv_bias": True}, {"window": 3}])
 def test_transformers_model_computes_the_same_logits(switch):
     pytest.importorskip("transformers")

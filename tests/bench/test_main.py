@@ -1,10 +1,13 @@
 import json
+import pickle
+import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
 from minidoctor.bench import __main__ as bench
-from minidoctor.bench import baselines, implementations, sample
+from minidoctor.bench import baselines, implementations, sample, train
 from minidoctor.bench.memory import CLEAR_PEAK
 from minidoctor.bench.options import SHAPES
 from minidoctor.config import ModelConfig
@@ -19,6 +22,10 @@ SAMPLE = ["sample", "--new-tokens", 3, "--rounds", 2]
 def tiny_shapes(monkeypatch):
     monkeypatch.setitem(SHAPES, "smollm2", TINY_SHAPE)
     monkeypatch.setitem(SHAPES, "qwen3-4b", replace(TINY_SHAPE, qk_norm=True))
+    for module in (sample, train):  # other processes would not have the tiny shapes
+        monkeypatch.setattr(
+            module, "peak_memory", lambda builds, n: dict.fromkeys(pickle.loads(pickle.dumps(builds)), [0.5] * n)
+        )
 
 
 @pytest.fixture
@@ -42,6 +49,8 @@ def test_train_prints_speeds_and_ratios_as_one_json_object(tiny_shapes, run_benc
     assert (result["ratio_to_peft"] is not None) == baselines.installed("transformers", "peft")
     assert (result["ratio_to_mixlora"] is not None) == baselines.installed("transformers", "mixlora")
     assert result["compiled_over_not"] is None
+    assert (result["ratio_to_qlora"] is not None) == baselines.installed("transformers", "peft", "bitsandbytes")
+    assert result["peak_gib"].keys() == result["speed"].keys() & {"minidoctor", "peft", "qlora"}
     assert result["config"]["seq_len"] == 16
     assert result["mode"] == "train"
 
@@ -50,8 +59,75 @@ def test_sample_prints_speeds_and_ratios_as_one_json_object(tiny_shapes, run_ben
     result = run_bench(*SAMPLE, "--json")
     assert_ratios(result, "of_lower_bound", "batch_8_over_1")
     assert (result["ratio_to_transformers"] is not None) == baselines.installed("transformers")
+    assert result["peak_gib"].keys() == {"minidoctor", *["transformers"] * baselines.installed("transformers")}
+    assert result["ratio_to_llama_cpp"] is None
     assert result["weights_gb"] > 0
     assert result["bandwidth_gb_per_second"] == pytest.approx(result["lower_bound"] * result["weights_gb"])
+
+
+class FakeLlama:
+    """The part of llama_cpp.Llama that is used, with the sizes of TINY_SHAPE or of the file's name."""
+
+    loaded, decoded = [], []
+
+    def __init__(self, file, n_ctx, **settings):
+        if "broken" in file:
+            raise ValueError("not a gguf file")
+        self.file, self.model, self.prompts = file, 2, []
+        self.loaded.append((file, n_ctx, settings["n_gpu_layers"]))
+
+    def n_vocab(self):
+        return 61 if "other" in self.file else 60
+
+    def n_embd(self):
+        return 16
+
+    def reset(self):
+        self.prompts = []
+
+    def generate(self, prompt, temp):
+        assert not self.prompts, "the cache contains the prompt of another round"
+        self.prompts.append(prompt)
+        for token in range(1000):
+            self.decoded.append((self.file, len(prompt), temp))
+            yield token
+
+
+@pytest.fixture
+def llama_cpp(monkeypatch):
+    """Replace the package by FakeLlama, as if no other baseline were installed."""
+    package = SimpleNamespace(
+        Llama=FakeLlama, llama_supports_gpu_offload=lambda: False, llama_model_n_layer=lambda model: model
+    )
+    monkeypatch.setitem(sys.modules, "llama_cpp", package)
+    monkeypatch.setattr(baselines, "installed", lambda *packages: packages == ("llama_cpp",))
+    monkeypatch.setattr(FakeLlama, "loaded", [])
+    monkeypatch.setattr(FakeLlama, "decoded", [])
+
+
+def test_sample_compares_with_llama_cpp_by_the_name_of_the_file(tiny_shapes, llama_cpp, run_bench):
+    result = run_bench(*SAMPLE, "--gguf", "a/f32.gguf", "a/q8_0.gguf", "--json")
+    assert result["ratio_to_llama_cpp"].keys() == {"f32", "q8_0"}
+    assert_ratios(result["ratio_to_llama_cpp"], "f32", "q8_0")
+    assert result["peak_gib"].keys() == {"minidoctor", "llama.cpp f32", "llama.cpp q8_0"}
+    assert FakeLlama.loaded == [("a/f32.gguf", 16 + 3, 0), ("a/q8_0.gguf", 16 + 3, 0)]
+    rounds = [(file, 16, 0.0) for file in ("a/f32.gguf", "a/q8_0.gguf") for _ in range(3)] * 3  # with the warm-up
+    assert FakeLlama.decoded == rounds
+
+
+@pytest.mark.parametrize(
+    ("files", "key"), [(["broken.gguf"], "broken.gguf"), (["other.gguf"], "61"), (["a/f32.gguf", "b/f32.gguf"], "f32")]
+)
+def test_gguf_file_without_the_shape_of_the_base_is_rejected(files, key, tiny_shapes, llama_cpp, program):
+    code, _, err = program(bench.main, "bench", *SAMPLE, "--gguf", *files, "--device", "cpu")
+    assert (code, err.count("\n"), key in err) == (2, 1, True), err
+
+
+def test_sample_reports_that_llama_cpp_is_not_installed(tiny_shapes, llama_cpp, program, monkeypatch):
+    monkeypatch.setattr(baselines, "installed", lambda *packages: False)
+    code, out, err = program(bench.main, "bench", *SAMPLE, "--gguf", "f32.gguf", "--json", "--device", "cpu")
+    assert (code, json.loads(out)["ratio_to_llama_cpp"]) == (0, None)
+    assert "pip install llama-cpp-python" in err
 
 
 def test_sample_counts_reads_of_all_weights_and_tokens_of_all_rows(tiny_shapes, run_bench, monkeypatch):
@@ -108,8 +184,9 @@ def test_memory_reports_peaks_of_a_separate_process(base_dir, run_bench):
     words = ["memory", "--base", base_dir, "--seq-len", 16, "--batch-size", 2, "--steps", 4, "--rank", 2, "--json"]
     result = run_bench(*words)
     assert 0.05 < result["peak_gib"]["minidoctor"] <= result["peak_gib_after_steps"]["minidoctor"] < 3
-    if baselines.installed("transformers", "peft"):
-        assert_ratios(result, "ratio_to_peft")
+    for name, packages in (("peft", ()), ("qlora", ("bitsandbytes",))):
+        if baselines.installed("transformers", "peft", *packages):
+            assert_ratios(result, f"ratio_to_{name}")
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ def test_training_steps_differ_in_contrast_experts_and_compilation(monkeypatch):
     monkeypatch.setattr(train, "make_step", lambda base, adapter, config, loop=False: (adapter, config, loop))
     monkeypatch.setattr(train, "make_frozen_step", lambda base, compiled: settings.append(compiled))
     monkeypatch.setattr(train.baselines, "installed", lambda *packages: False)
-    steps = training_steps(None, BenchConfig(compile=True, rank=4))
+    steps = {name: build() for name, build in training_steps(None, BenchConfig(compile=True, rank=4)).items()}
     assert settings == [True]
     assert {name: step[0].n_experts for name, step in steps.items() if step} == {
         "minidoctor": 8,
@@ -61,12 +61,13 @@ def test_question_batches_are_sorted_by_length_or_shuffled(question_config):
 
 def test_only_baselines_get_shuffled_questions(question_config, monkeypatch):
     names = ["minidoctor, no contrast", "minidoctor, plain LoRA", "minidoctor, loop over experts", "frozen model"]
-    padding = {name: [] for name in ["minidoctor", *names, "peft", "mixlora"]}
+    padding = {name: [] for name in ["minidoctor", *names, "peft", "qlora", "mixlora"]}
     steps = {
-        name: lambda batch, values=values: values.append(int((~batch.attention_mask).sum()))
+        name: lambda values=values: lambda batch: values.append(int((~batch.attention_mask).sum()))
         for name, values in padding.items()
     }
+    monkeypatch.setattr(train, "training_memory", lambda config, n: {})
     monkeypatch.setattr(train, "training_steps", lambda base, config: steps)
     bench_train(question_config)
     assert all(len(values) == 2 * 8 for values in padding.values())  # 8 batches in the warm-up and in the round
-    assert [name for name, values in padding.items() if sum(values)] == ["peft", "mixlora"]
+    assert [name for name, values in padding.items() if sum(values)] == ["peft", "qlora", "mixlora"]
