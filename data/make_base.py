@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from data.make_data import declarative_text, read_table
+from data.make_text import declarative_text, read_table
 from minidoctor.batching import Example, collate
 from minidoctor.checkpoints.hugging_face import save_model
 from minidoctor.cli.device import choose_device
@@ -31,7 +31,7 @@ from minidoctor.text.chat_formats import CHAT_FORMATS
 from minidoctor.text.tokenizer import Tokenizer, load_tokenizer
 
 SHAPE = ModelConfig(
-    vocab_size=3200,
+    vocab_size=4000,
     dim=256,
     n_layers=4,
     n_heads=4,
@@ -98,8 +98,9 @@ def initialize(model: Model) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=4000, help="optimizer steps of 2,048 tokens (default 4000)")
+    parser.add_argument("--steps", type=int, default=8000, help="optimizer steps of 2,048 tokens (default 8000)")
     parser.add_argument("--seed", type=int, default=0, help="seed of text and initialization (default 0)")
+    parser.add_argument("--bfloat16", action="store_true", help="autocast, faster on processors with bfloat16 products")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default auto)")
     parser.add_argument("--out", default="data/base", help="directory to write (default data/base)")
     args = parser.parse_args()
@@ -118,7 +119,8 @@ def main() -> None:
     with tqdm(range(args.steps), desc="training the base") as progress:
         for step in progress:
             batch = collate(list(itertools.islice(examples, config.batch_size)))
-            metrics = train_step(model, optimizer, None, [batch], step, config)
+            with torch.autocast(device.type, torch.bfloat16, enabled=args.bfloat16):
+                metrics = train_step(model, optimizer, None, [batch], step, config)
             n_tokens += metrics.n_tokens
             if step % 100 == 99:
                 speed = n_tokens / (time.perf_counter() - start)

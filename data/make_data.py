@@ -1,11 +1,18 @@
-"""Generate statements and questions from `conditions.json`, deterministically for a seed.
+"""Generate the questions from `conditions.json` and `wordings.json`, deterministically for a seed.
 
     python -m data.make_data        writes train.jsonl, dev.jsonl and heldout.jsonl next to this file
 
-The base model is pretrained on `declarative_text` (make_base.py), which contains statements only. Each fact occurs in
-many wordings and orders: a fact that a model has read in one form can be recited, but not extracted by a question
-(https://arxiv.org/abs/2309.14316). The questions are split by condition. The base has read about all conditions, the
-training questions ask about 70 % of them, `dev.jsonl` and `heldout.jsonl` about 15 % each, in separate wordings.
+The base has read statements about all conditions and names (make_text.py). The training questions ask about 70 % of the
+conditions, with some of their names and one set of wordings. `dev.jsonl` and `heldout.jsonl` have separate conditions,
+names and wordings. Each of their rows tests one kind of generalization:
+
+    new wording     a condition and a name that occur in training, asked in another way
+    new condition   a condition that no training question asks about, in a wording of training
+    new name        a condition of training under a name that no training question has
+    all new         another name of a new condition, asked in another way
+    follow-up       a new condition that only an earlier turn names
+    out of scope    no condition, an unknown one or another aspect: the answer contains no fact
+    multiple choice a new condition in a new wording, with four options
 """
 
 import json
@@ -14,509 +21,126 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-HERE = Path(__file__).parent
-LANGUAGES = ("en", "zh")
-ATTRIBUTES = ("department", "symptoms", "cause", "test", "treatment")
+from data.make_text import ATTRIBUTES, HERE, LANGUAGES, SCOPE, add_typo, capitalized, read_json, read_table
 
-# {n} is the condition's name, {v} the value of the attribute.
-STATEMENTS = {
+SPLITS = ("train", "dev", "heldout")
+WORDINGS = read_json("wordings.json")
+N_QUESTIONS = {"en": 6, "zh": 4}  # single questions per fact in train.jsonl; English has more forms
+N_CONVERSATIONS = {"en": 12, "zh": 9}  # per condition
+N_UNKNOWN = 1  # questions per unknown name
+N_EVAL = 100  # questions per kind and language
+P_TYPO = {"en": 0.1, "zh": 0.0}  # a typing error of one letter
+REPEATS = {"other_aspect": 2, "emergency": 2}  # of each prompt in train.jsonl; otherwise once
+
+
+# Words of a mention that name a man or a woman, who cannot have a condition of the other sex.
+PEOPLE = {
     "en": {
-        "department": (
-            "{n} is treated in {v}.",
-            "{n} belongs to {v}.",
-            "The department for {n} is {v}.",
-            "Patients with {n} are seen in {v}.",
-            "{v} is the department that looks after {n}.",
-            "{v} treats {n}.",
-            "Department for {n}: {v}.",
-            "A patient who has {n} is referred to {v}.",
-            "The specialty that deals with {n} is {v}.",
-            "Care of {n} is the work of {v}.",
-            "For {n}, the right department is {v}.",
-            "Doctors of {v} take care of {n}.",
-        ),
-        "symptoms": (
-            "The typical symptoms of {n} are {v}.",
-            "Typical symptoms of {n}: {v}.",
-            "{n} typically presents with {v}.",
-            "{v} are typical of {n}.",
-            "Patients with {n} complain of {v}.",
-            "A patient who has {n} often shows {v}.",
-            "{n} makes itself known by {v}.",
-            "The usual signs of {n} are {v}.",
-            "Signs that point to {n} are {v}.",
-            "In {n}, the clinical picture is {v}.",
-            "{v} suggest {n}.",
-            "For {n}, the symptoms to expect are {v}.",
-        ),
-        "cause": (
-            "{n} is caused by {v}.",
-            "The cause of {n} is {v}.",
-            "Cause of {n}: {v}.",
-            "{v} causes {n}.",
-            "{v} leads to {n}.",
-            "{n} results from {v}.",
-            "{n} arises from {v}.",
-            "Behind {n} lies {v}.",
-            "The origin of {n} is {v}.",
-            "{n} develops because of {v}.",
-            "In {n}, the underlying problem is {v}.",
-            "For {n}, the accepted cause is {v}.",
-        ),
-        "test": (
-            "The key test for {n} is {v}.",
-            "Key test for {n}: {v}.",
-            "{n} is diagnosed by {v}.",
-            "The diagnosis of {n} rests on {v}.",
-            "{v} is the key test for {n}.",
-            "{v} confirms {n}.",
-            "Doctors confirm {n} with {v}.",
-            "To diagnose {n}, doctors order {v}.",
-            "When {n} is suspected, the examination to request is {v}.",
-            "In {n}, the most useful investigation is {v}.",
-            "The test that establishes {n} is {v}.",
-            "For {n}, the examination of choice is {v}.",
-        ),
-        "treatment": (
-            "The first-line treatment for {n} is {v}.",
-            "First-line treatment for {n}: {v}.",
-            "{n} is treated first with {v}.",
-            "{v} is the first-line treatment for {n}.",
-            "{v} is given for {n}.",
-            "Patients with {n} receive {v}.",
-            "The therapy of choice for {n} is {v}.",
-            "Doctors manage {n} with {v}.",
-            "Management of {n} begins with {v}.",
-            "In {n}, the standard therapy is {v}.",
-            "A patient who has {n} should get {v}.",
-            "For {n}, the treatment to start with is {v}.",
-        ),
-        "name": (
-            "{n} is called {v} in Chinese.",
-            "The Chinese name of {n} is {v}.",
-            "In Chinese, {n} is {v}.",
-        ),
+        "male": r"\b(he|him|his|father|dad|husband|brother|son|uncle|grand(father|pa)|man|boy|guy|boyfriend)\b",
+        "female": r"\b(she|her|mother|mom|mum|wife|sister|daughter|aunt|grand(mother|ma)|woman|lady|girl|girlfriend)\b",
     },
-    "zh": {
-        "department": (
-            "{n}属于{v}。",
-            "{n}归{v}诊治。",
-            "{n}的就诊科室是{v}。",
-            "{n}的患者应到{v}就诊。",
-            "{v}负责诊治{n}。",
-            "{v}收治{n}。",
-            "{n}的科室：{v}。",
-            "得了{n}，应挂{v}。",
-            "诊治{n}的专科是{v}。",
-            "患有{n}的人由{v}接诊。",
-            "对于{n}，对应的科室是{v}。",
-            "{v}的医生治疗{n}。",
-        ),
-        "symptoms": (
-            "{n}的典型症状是{v}。",
-            "{n}的典型症状：{v}。",
-            "{n}常表现为{v}。",
-            "{v}是{n}的典型症状。",
-            "{n}的患者常有{v}。",
-            "患有{n}的人会出现{v}。",
-            "{n}的主要表现是{v}。",
-            "{n}的临床特点是{v}。",
-            "提示{n}的体征是{v}。",
-            "在{n}中，常见的症状为{v}。",
-            "{v}提示{n}。",
-            "对于{n}，应注意的症状是{v}。",
-        ),
-        "cause": (
-            "{n}由{v}引起。",
-            "{n}的病因是{v}。",
-            "{n}的病因：{v}。",
-            "{v}引起{n}。",
-            "{v}导致{n}。",
-            "{n}源于{v}。",
-            "{n}是{v}所致。",
-            "引起{n}的原因是{v}。",
-            "{n}的发病基础是{v}。",
-            "{n}的发生是因为{v}。",
-            "在{n}中，根本的问题是{v}。",
-            "对于{n}，公认的病因是{v}。",
-        ),
-        "test": (
-            "{n}的关键检查是{v}。",
-            "{n}的关键检查：{v}。",
-            "{n}依靠{v}确诊。",
-            "{n}的诊断主要依据{v}。",
-            "{v}是{n}的关键检查。",
-            "{v}可以确诊{n}。",
-            "医生用{v}确诊{n}。",
-            "诊断{n}应做{v}。",
-            "怀疑{n}时，应安排的检查是{v}。",
-            "在{n}中，最有价值的检查为{v}。",
-            "确定{n}的检查是{v}。",
-            "对于{n}，首选的检查是{v}。",
-        ),
-        "treatment": (
-            "{n}的首选治疗是{v}。",
-            "{n}的首选治疗：{v}。",
-            "{n}首先采用{v}治疗。",
-            "{v}是{n}的首选治疗。",
-            "{v}用于治疗{n}。",
-            "{n}的患者应接受{v}。",
-            "治疗{n}的首选方法是{v}。",
-            "医生用{v}治疗{n}。",
-            "{n}的处理从{v}开始。",
-            "在{n}中，标准的疗法为{v}。",
-            "患有{n}的人应给予{v}。",
-            "对于{n}，一线的治疗是{v}。",
-        ),
-        "name": (
-            "{n}的英文名是{v}。",
-            "{n}在英文中叫{v}。",
-            "{n}的英文是{v}。",
-        ),
-    },
+    "zh": {"male": "爸|父|爷|公|叔|弟|哥|男|他|儿子", "female": "妈|母|奶|婆|姨|姐|妹|女|她|老婆|妻"},
 }
-
-# A card consists of a condition and an aspect {a} in one of these forms, and then the fact without a sentence around
-# it, which is the form of an answer.
-ASPECTS = {
-    "en": {
-        "department": (
-            "department",
-            "specialty",
-            "right clinic",
-            "referral",
-            "responsible doctors",
-            "place to go",
-        ),
-        "symptoms": (
-            "typical symptoms",
-            "signs",
-            "clinical picture",
-            "presentation",
-            "complaints",
-            "symptoms",
-        ),
-        "cause": ("cause", "origin", "underlying problem", "reason", "source", "mechanism"),
-        "test": ("key test", "diagnosis", "examination", "investigation", "confirmation", "diagnostic test"),
-        "treatment": (
-            "first-line treatment",
-            "therapy",
-            "treatment",
-            "management",
-            "standard therapy",
-            "remedy",
-        ),
-        "name": ("Chinese name", "name in Chinese"),
-    },
-    "zh": {
-        "department": ("科室", "就诊科室", "专科", "门诊", "挂号科室", "看病的地方"),
-        "symptoms": ("典型症状", "症状", "表现", "体征", "临床特点", "主诉"),
-        "cause": ("病因", "起因", "原因", "发病基础", "来源", "机制"),
-        "test": ("关键检查", "检查", "诊断", "确诊方法", "首选检查", "诊断依据"),
-        "treatment": ("首选治疗", "治疗", "疗法", "处理", "一线治疗", "治法"),
-        "name": ("英文名", "英文"),
-    },
-}
-CARDS = {
-    "en": (
-        "the {a} of {n}",
-        "{n}, {a}",
-        "on the {a} of {n}",
-        "{a} in {n}",
-        "{a}, {n}",
-        "this is about {n} and its {a}",
-        "a note on the {a} of patients with {n}",
-        "a patient has {n}, here is the {a}",
-        "for {n}, the {a}",
-        "{n} and the {a}",
-        "I have {n}, so the {a} matters",
-        "the {a} that goes with {n}",
-        "{n} is suspected, now the {a}",
-        "here follows the {a} for {n}",
-    ),
-    "zh": (
-        "{n}的{a}",
-        "关于{n}的{a}",
-        "{n}，{a}",
-        "下面是{n}的{a}",
-        "{a}，{n}",
-        "患者得了{n}，{a}如下",
-        "这里记录{n}的{a}",
-        "{n}与{a}",
-        "对于{n}，{a}如下",
-        "我有{n}，需要知道{a}",
-        "医生说明{n}的{a}",
-        "怀疑{n}时，{a}",
-        "有人患{n}，说说{a}",
-        "后面写的是{n}的{a}",
-    ),
-}
-SEPARATORS = {"en": (": ", ". ", " - ", "; "), "zh": ("： ", "。 ", "， ", "； ")}
-
-# Wordings of the questions: for training, and for dev and held-out.
-QUESTIONS = {
-    "en": {
-        "department": (
-            (
-                "Which department treats {n}?",
-                "What department is {n} treated in?",
-                "I have {n}. Which department should I go to?",
-                "Which specialty does {n} belong to?",
-                "Who looks after patients with {n}?",
-                "Where should someone with {n} be referred?",
-                "What kind of doctor sees {n}?",
-                "Which clinic is right for {n}?",
-                "My friend has {n}, where should she go?",
-                "To which specialty is a patient with {n} sent?",
-                "Which doctors take care of {n}?",
-                "Where is {n} treated?",
-                "What is the right department for {n}?",
-                "Which unit of the hospital is responsible for {n}?",
-                "With {n}, which doctor do I visit?",
-            ),
-            ("Which clinic should a patient with {n} visit?", "What specialty handles {n}?"),
-        ),
-        "symptoms": (
-            (
-                "What are the typical symptoms of {n}?",
-                "How does {n} usually present?",
-                "Which symptoms suggest {n}?",
-                "What does a patient with {n} complain of?",
-                "What are the signs of {n}?",
-                "How can I recognize {n}?",
-                "What does {n} look like?",
-                "What symptoms should I expect in {n}?",
-                "How do people with {n} feel?",
-                "What is the clinical picture of {n}?",
-                "Which signs point to {n}?",
-                "What does {n} do to a patient?",
-                "How is {n} noticed?",
-                "Which complaints are typical of {n}?",
-                "What happens to a person who has {n}?",
-            ),
-            ("What symptoms does {n} usually bring?", "How does {n} show itself?"),
-        ),
-        "cause": (
-            (
-                "What causes {n}?",
-                "What is the cause of {n}?",
-                "Why does {n} develop?",
-                "What does {n} result from?",
-                "What is the underlying problem in {n}?",
-                "What leads to {n}?",
-                "Where does {n} come from?",
-                "Why do some people have {n}?",
-                "What is the reason for {n}?",
-                "What is behind {n}?",
-                "How does {n} arise?",
-                "What is {n} caused by?",
-                "Why did I get {n}?",
-                "What mechanism explains {n}?",
-                "To what is {n} due?",
-            ),
-            ("What is {n} due to?", "Why do people get {n}?"),
-        ),
-        "test": (
-            (
-                "What is the key test for {n}?",
-                "Which test confirms {n}?",
-                "How is {n} diagnosed?",
-                "Which examination should be ordered for {n}?",
-                "What does the diagnosis of {n} rest on?",
-                "How do doctors confirm {n}?",
-                "Which test do I need if {n} is suspected?",
-                "What is the best investigation in {n}?",
-                "How can a doctor be sure of {n}?",
-                "Which examination proves {n}?",
-                "What should be done to diagnose {n}?",
-                "How is the diagnosis of {n} made?",
-                "What test shows {n}?",
-                "What is the most useful examination for {n}?",
-                "With what test is {n} found?",
-            ),
-            ("Which investigation is most useful when {n} is suspected?", "How can {n} be confirmed?"),
-        ),
-        "treatment": (
-            (
-                "What is the first-line treatment for {n}?",
-                "How is {n} treated?",
-                "Which therapy is chosen first for {n}?",
-                "What should a patient with {n} receive?",
-                "How do doctors manage {n}?",
-                "What is the standard therapy for {n}?",
-                "What is given for {n}?",
-                "What helps against {n}?",
-                "How can {n} be treated?",
-                "What is the management of {n}?",
-                "Which treatment does {n} need?",
-                "What should I be given for {n}?",
-                "What do doctors do first about {n}?",
-                "What is the therapy of choice for {n}?",
-                "What is the remedy for {n}?",
-            ),
-            ("What treatment should {n} be given first?", "How should {n} be managed at first?"),
-        ),
-    },
-    "zh": {
-        "department": (
-            (
-                "{n}应该看哪个科？",
-                "{n}属于哪个科室？",
-                "得了{n}应挂什么科？",
-                "哪个科室诊治{n}？",
-                "{n}的患者去哪个科就诊？",
-                "我有{n}，该找哪个专科？",
-                "{n}挂哪个号？",
-                "治{n}要去哪里看病？",
-                "{n}是哪科的病？",
-                "患{n}该去什么门诊？",
-                "什么科的医生看{n}？",
-                "{n}由哪个科负责？",
-                "朋友得了{n}，应当去哪个科室？",
-                "{n}的就诊科室是什么？",
-                "哪一科收治{n}？",
-            ),
-            ("患{n}的人要去什么科看病？", "{n}归哪一科管？"),
-        ),
-        "symptoms": (
-            (
-                "{n}的典型症状是什么？",
-                "{n}有哪些表现？",
-                "哪些症状提示{n}？",
-                "{n}的患者常有什么症状？",
-                "{n}的临床特点是什么？",
-                "怎样识别{n}？",
-                "患{n}的人会怎么样？",
-                "{n}会引起哪些不适？",
-                "{n}有什么体征？",
-                "{n}的主要表现有哪些？",
-                "出现什么症状要想到{n}？",
-                "得{n}时身体有什么变化？",
-                "{n}会有什么感觉？",
-                "{n}常见的症状有什么？",
-                "如何发现{n}？",
-            ),
-            ("{n}通常会出现什么症状？", "得了{n}会有什么表现？"),
-        ),
-        "cause": (
-            (
-                "{n}的病因是什么？",
-                "{n}是什么引起的？",
-                "为什么会得{n}？",
-                "什么导致{n}？",
-                "{n}的发病基础是什么？",
-                "引起{n}的原因是什么？",
-                "{n}是怎么发生的？",
-                "{n}从何而来？",
-                "什么原因造成{n}？",
-                "{n}是由于什么？",
-                "人怎么会得{n}？",
-                "{n}的起因是什么？",
-                "{n}为什么发生？",
-                "{n}源于什么？",
-                "{n}的发病机制是什么？",
-            ),
-            ("{n}是由什么造成的？", "{n}是怎么得的？"),
-        ),
-        "test": (
-            (
-                "{n}的关键检查是什么？",
-                "{n}如何确诊？",
-                "诊断{n}应做什么检查？",
-                "怀疑{n}时首选什么检查？",
-                "什么检查可以确诊{n}？",
-                "{n}的诊断依据是什么？",
-                "查{n}要做哪个检查？",
-                "怎么知道是不是{n}？",
-                "确定{n}靠什么？",
-                "{n}应安排哪项检查？",
-                "医生用什么方法诊断{n}？",
-                "{n}最有价值的检查是什么？",
-                "怎样检查{n}？",
-                "哪种检查能发现{n}？",
-                "{n}需要查什么？",
-            ),
-            ("要确定是不是{n}，该做哪项检查？", "医生靠什么检查来诊断{n}？"),
-        ),
-        "treatment": (
-            (
-                "{n}的首选治疗是什么？",
-                "{n}怎么治疗？",
-                "{n}的一线治疗是什么？",
-                "治疗{n}首选什么方法？",
-                "医生如何处理{n}？",
-                "{n}的患者应接受什么治疗？",
-                "{n}该怎么办？",
-                "{n}首先用什么治？",
-                "得{n}应采取什么措施？",
-                "{n}的标准疗法是什么？",
-                "什么办法能治{n}？",
-                "{n}应先给予什么？",
-                "怎样治好{n}？",
-                "对{n}有什么疗法？",
-                "{n}要如何治？",
-            ),
-            ("得了{n}首先该怎么治？", "对{n}应先采取哪种疗法？"),
-        ),
-    },
-}
+IS_QUESTION = re.compile("^(can|could|would|may|do|any|is|has)\\b|吗|呢|请问|谁|不可以|能不能|可不可以", re.IGNORECASE)
 
 
-def read_table(path: Path = HERE / "conditions.json") -> tuple[dict[str, dict[str, str]], list[dict]]:
-    """Return the departments (id -> language -> name) and the conditions, each with the name of its department."""
-    table = json.loads(path.read_text(encoding="utf-8"))
-    for condition in table["conditions"]:
-        for language in LANGUAGES:
-            condition[language]["department"] = table["departments"][condition["department"]][language]
-    return table["departments"], table["conditions"]
+def attach_punctuation(text: str, language: str, is_request: bool, rng: random.Random) -> str:
+    """End a question as people do: with the mark, with the other script's, with two, or with nothing."""
+    marks = ("？", "？", "？", "", "", "?", "。") if language == "zh" else ("?", "?", "?", "?", "", "", "??", " ?")
+    mark = rng.choice(marks)
+    if is_request:
+        mark = rng.choice(("。", "") if language == "zh" else (".", "", "?"))
+    return text + mark
 
 
-def capitalized(sentence: str) -> str:
-    return sentence[0].upper() + sentence[1:]
+def spoil(text: str, language: str, rng: random.Random) -> str:
+    """Type a text carelessly: without capitals, with a wrong letter, or both; most often as it is."""
+    if rng.random() < P_TYPO[language]:
+        text = add_typo(text, rng)
+    return text.lower() if rng.random() < 0.25 else text
 
 
-def make_statement(condition: dict, language: str, attribute: str, rng: random.Random, cut: str) -> str:
-    """Return one fact in a random wording, half of the time as a card."""
-    name = condition[language]["name"]
-    if attribute == "name":
-        value = condition["zh" if language == "en" else "en"]["name"]
+def choose_mention(words: dict, language: str, sex: str, rng: random.Random) -> str:
+    """Return a sentence that mentions the condition, not about a man if only women have it, and the reverse."""
+    opposite = {"female": "male", "male": "female"}.get(sex)
+    mentions = words["mentions"]
+    if opposite:
+        mentions = [text for text in mentions if not re.search(PEOPLE[language][opposite], text, re.IGNORECASE)]
+    return rng.choice(mentions)
+
+
+def ask(
+    words: dict, attribute: str, name: str, language: str, rng: random.Random, sex: str = "", plain: bool = False
+) -> str:
+    """Return a question about one attribute of a condition. A plain one is complete, with capitals and a mark."""
+    end = "？" if language == "zh" else "?"
+    if plain:
+        return capitalized(rng.choice(words["questions"][attribute]).format(n=name)) + end
+    kind = rng.choices(("question", "fragment", "indirect", "mention"), (45, 14, 14, 27))[0]
+    is_request = False
+    if kind == "fragment":
+        text = rng.choice(words["fragments"][attribute]).format(n=name)
+        return spoil(capitalized(text) + rng.choice(("", "", end)), language, rng)
+    if kind == "mention":
+        mention = choose_mention(words, language, sex, rng).format(n=name)
+        question = rng.choice(words["pronoun"][attribute])
+        joint = rng.choice(("，", "。", "，", " ") if language == "zh" else (". ", ", ", ". ", " - ", "; "))
+        text = mention + joint + (capitalized(question) if joint in (". ", "。") else question)
+    elif kind == "indirect":
+        clause = rng.choice(words["indirect"][attribute]).format(n=name)
+        frame = rng.choice(words["indirect_frames"])
+        text, is_request = frame.format(q=clause), not IS_QUESTION.search(frame)
     else:
-        value = condition[language][attribute]
-    slots = {"n": cut + name + cut, "v": cut + value + cut}
-    if rng.random() < 0.5:
-        return capitalized(rng.choice(STATEMENTS[language][attribute]).format(**slots))
-    aspect = rng.choice(ASPECTS[language][attribute])
-    card = rng.choice(CARDS[language]).format(n=slots["n"], a=cut + aspect + cut)
-    end = "." if language == "en" else "。"
-    return capitalized(card) + rng.choice(SEPARATORS[language]) + slots["v"] + end
+        text = rng.choice(words["questions"][attribute]).format(n=name)
+    if rng.random() < 0.2:
+        opener = rng.choice(words["openers"])
+        text = opener + ("" if language == "zh" else " ") + text
+    text = attach_punctuation(capitalized(text), language, is_request, rng)
+    if rng.random() < 0.08 and text[-1] in "?？.。":
+        text += ("" if language == "zh" else " ") + rng.choice(words["closers"])
+    return spoil(text, language, rng)
 
 
-def declarative_text(conditions: list[dict], n_rounds: int, seed: int, cut: str = "") -> Iterator[str]:
-    """Yield paragraphs. Each round contains each fact of each condition in each language, in random order and wording.
+def follow_up(words: dict, attribute: str, language: str, rng: random.Random) -> str:
+    """Return a short question about the condition of an earlier turn."""
+    kind = rng.choices(("follow_ups", "pronoun"), (70, 30))[0]
+    question = attach_punctuation(capitalized(rng.choice(words[kind][attribute])), language, False, rng)
+    return spoil(question, language, rng)
 
-    A paragraph has all facts of one condition, or single facts of several, so that no fact depends on a preceding one.
-    `cut` is inserted around names, values and aspects.
+
+def converse(
+    words: dict, turns: list[tuple[dict, str, str]], language: str, rng: random.Random
+) -> list[tuple[str, str]]:
+    """Return turns of question and answer about (condition, name, attribute). The first names its condition.
+
+    A later turn about the same condition does not name it; one about another condition may leave out the attribute,
+    which is then that of the turn before.
     """
-    rng = random.Random(seed)
-    for _ in range(n_rounds):
-        paragraphs = []
-        for language in LANGUAGES:
-            facts = []
-            for condition in conditions:
-                sentences = [make_statement(condition, language, a, rng, cut) for a in (*ATTRIBUTES, "name")]
-                rng.shuffle(sentences)
-                if rng.random() < 0.5:
-                    paragraphs.append((language, sentences))
-                else:
-                    facts += sentences
-            rng.shuffle(facts)
-            while facts:
-                n = rng.randint(1, 6)
-                paragraphs.append((language, facts[:n]))
-                facts = facts[n:]
-        rng.shuffle(paragraphs)
-        for language, sentences in paragraphs:
-            yield ("" if language == "zh" else " ").join(sentences)
+    conversation: list[tuple[str, str]] = []
+    before: tuple[dict, str, str] | None = None
+    for turn in turns:
+        condition, name, attribute = turn
+        if before and before[0] is condition:
+            question = follow_up(words, attribute, language, rng)
+        elif before and before[2] == attribute:
+            text = capitalized(rng.choice(words["changes"]).format(n=name))
+            question = spoil(attach_punctuation(text, language, False, rng), language, rng)
+        else:
+            question = ask(words, attribute, name, language, rng, condition.get("sex", ""))
+        conversation.append((question, condition[language][attribute]))
+        before = turn
+    return conversation
+
+
+def as_row(id: str, topic: str, kind: str, turns: list[tuple[str, str]]) -> dict:
+    """Return the row of a single question, or of a conversation."""
+    if len(turns) == 1:
+        content: dict = {"question": turns[0][0], "answer": turns[0][1]}
+    else:
+        roles = ("user", "assistant")
+        messages = [{"role": role, "content": text} for turn in turns for role, text in zip(roles, turn, strict=True)]
+        content = {"messages": messages}
+    return {"id": id, "topic": topic, "kind": kind, **content}
 
 
 def key_words(value: str, language: str) -> set[str]:
@@ -527,55 +151,24 @@ def key_words(value: str, language: str) -> set[str]:
 
 
 def wrong_values(
-    conditions: list[dict], condition: dict, language: str, attribute: str, rng: random.Random
+    conditions: list[dict], also_right: list[str], condition: dict, language: str, attribute: str
 ) -> list[str]:
-    """Return three values of the attribute as wrong options.
+    """Return the values of the attribute that can be wrong options, sorted.
 
-    They are those of conditions of other departments, because related conditions may share a treatment, and have no
-    key word in common with the correct value in either language.
+    They are those of conditions of other departments, because related conditions may share a treatment, have no key
+    word in common with the correct value in either language, and are not listed as also correct.
     """
-    values = {
-        candidate[language][attribute]
-        for candidate in conditions
-        if candidate["department"] != condition["department"]
-        and not any(key_words(candidate[x][attribute], x) & key_words(condition[x][attribute], x) for x in LANGUAGES)
-    }
-    return rng.sample(sorted(values), 3)
-
-
-def make_questions(
-    conditions: list[dict], asked: list[dict], wordings: int, n_free: int, n_choice: int, seed: int
-) -> Iterator[dict]:
-    """Yield `n_free` free-form and `n_choice` multiple-choice rows for each fact of `asked` in each language.
-
-    `wordings` is 0 for those of training, 1 for those of dev and held-out. Letters are balanced: each is correct once
-    in four consecutive multiple-choice rows.
-    """
-    rng = random.Random(seed)
-    letters: list[str] = []
-    for condition in asked:
-        for language in LANGUAGES:
-            for attribute in ATTRIBUTES:
-                facts = condition[language]
-                for kind, n in (("open", n_free), ("choice", n_choice)):
-                    chosen = rng.sample(QUESTIONS[language][attribute][wordings], n)
-                    for i, wording in enumerate(chosen):
-                        question = wording.format(n=facts["name"])
-                        row = {
-                            "id": f"{condition['id']}-{language}-{attribute}-{kind}-{i}",
-                            "topic": condition["department"],
-                            "question": capitalized(question),
-                            "answer": facts[attribute],
-                        }
-                        if kind == "choice":
-                            letters = letters or rng.sample("ABCD", 4)
-                            row["answer"] = letters.pop()
-                            wrong = wrong_values(conditions, condition, language, attribute, rng)
-                            row["options"] = {
-                                letter: facts[attribute] if letter == row["answer"] else wrong.pop()
-                                for letter in "ABCD"
-                            }
-                        yield row
+    departments = {condition["department"], *condition.get("also", [])}
+    keys = {x: key_words(condition[x][attribute], x) for x in LANGUAGES}
+    return sorted(
+        {
+            candidate[language][attribute]
+            for candidate in conditions
+            if candidate["department"] not in departments
+            and candidate["id"] not in also_right
+            and not any(keys[x] & key_words(candidate[x][attribute], x) for x in LANGUAGES)
+        }
+    )
 
 
 def split_conditions(conditions: list[dict], seed: int) -> dict[str, list[dict]]:
@@ -593,19 +186,214 @@ def split_conditions(conditions: list[dict], seed: int) -> dict[str, list[dict]]
     return parts
 
 
+def separate_names(names: dict) -> list[str]:
+    """Return the other names that are not part of another name, nor a name with 病, which may begin the word 病人."""
+    everything = [name.lower() for name in (names["name"], *names["other_names"])]
+
+    def is_separate(name: str) -> bool:
+        return sum(name in other for other in everything) == 1 and not (name[-1] == "病" and name[:-1] in everything)
+
+    return [name for name in names["other_names"] if is_separate(name.lower())]
+
+
+def split_names(conditions: list[dict], seed: int) -> dict[tuple[str, str], str]:
+    """Return the names of training conditions that are held out, as (condition id, language) -> name.
+
+    Every second condition has one held out in each language, which is not a part of its other names.
+    """
+    rng = random.Random(seed)
+    held_out = {}
+    for language in LANGUAGES:
+        choices = {c["id"]: separate_names(c[language]) for c in conditions}
+        ids = [id for id, names in choices.items() if names]
+        rng.shuffle(ids)
+        for id in ids[: len(conditions) // 2]:
+            held_out[id, language] = rng.choice(choices[id])
+    return held_out
+
+
+class Generator:
+    """Generates the rows of one split."""
+
+    def __init__(self, split: str, seed: int = 0):
+        _, self.conditions = read_table()
+        parts = split_conditions(self.conditions, seed)
+        self.split, self.rng = split, random.Random(f"{seed} {split}")
+        self.trained, self.new = parts["train"], parts[split]
+        self.held_out = split_names(self.trained, seed)
+        # The held-out names of every second key belong to dev, the others to heldout.
+        keys = set(sorted(self.held_out)[split == "heldout" :: 2])
+        self.new_names = [(c, x) for c in self.trained for x in LANGUAGES if (c["id"], x) in keys]
+        self.also_right = read_json("conditions.json")["also_right"]  # attribute -> condition id -> ids
+
+    def words(self, language: str, split: str = "") -> dict:
+        return WORDINGS[split or self.split][language]
+
+    def trained_name(self, condition: dict, language: str) -> str:
+        """Return a name of a condition of training that is not held out: the main one, or any other."""
+        names, held_out = condition[language], self.held_out.get((condition["id"], language))
+        others = [name for name in names["other_names"] if name != held_out]
+        return self.rng.choice(others) if others and self.rng.random() < 0.5 else names["name"]
+
+    def training_rows(self) -> Iterator[dict]:
+        rng = self.rng
+        for condition in self.trained:
+            for language in LANGUAGES:
+                words, stem = self.words(language), f"{condition['id']}-{language}"
+                for attribute in ATTRIBUTES:
+                    for i in range(N_QUESTIONS[language]):
+                        name = self.trained_name(condition, language)
+                        question = ask(words, attribute, name, language, rng, condition.get("sex", ""))
+                        turn = (question, condition[language][attribute])
+                        yield as_row(f"{stem}-{attribute}-{i}", condition["department"], "question", [turn])
+                for i in range(N_CONVERSATIONS[language]):
+                    turns = self.conversation(condition, language)
+                    yield as_row(f"{stem}-conversation-{i}", condition["department"], "conversation", turns)
+        yield from self.scope_rows(None)
+
+    def conversation(self, condition: dict, language: str) -> list[tuple[str, str]]:
+        """Return two to four turns, often with one out of scope, at times with one in the other language."""
+        rng, plan = self.rng, list[tuple[dict, str, str]]()
+        attributes = rng.sample(ATTRIBUTES, 4)
+        current, name = condition, self.trained_name(condition, language)
+        for i in range(rng.randint(2, 4)):
+            if i and rng.random() < 0.3:
+                current = rng.choice(self.trained)
+                name = self.trained_name(current, language)
+                attributes[i] = attributes[i - 1] if rng.random() < 0.7 else attributes[i]
+            plan.append((current, name, attributes[i]))
+        turns = converse(self.words(language), plan, language, rng)
+        if rng.random() < 0.5:
+            turns.insert(rng.randint(0, len(turns)), self.scope_turn(language))
+        if rng.random() < 0.15:
+            other = "zh" if language == "en" else "en"
+            name, attribute = self.trained_name(current, other), rng.choice(ATTRIBUTES)
+            question = ask(self.words(other), attribute, name, other, rng, current.get("sex", ""))
+            turns.append((question, current[other][attribute]))
+        return turns
+
+    def scope_turn(self, language: str) -> tuple[str, str]:
+        """Return a prompt out of scope and its reply, for the middle of a conversation."""
+        rng, prompts, replies = self.rng, SCOPE["prompts"][self.split][language], SCOPE["replies"][language]
+        kind = rng.choice((*prompts, "other_topic", "thanks", "unknown"))
+        if kind == "unknown":
+            name = rng.choice(SCOPE["unknown"][self.split][language])
+            return ask(self.words(language), rng.choice(ATTRIBUTES), name, language, rng), replies[kind]
+        text = self.fill(rng.choice(prompts[kind]), language)
+        return spoil(text, language, rng), replies[kind]
+
+    def fill(self, prompt: str, language: str) -> str:
+        """Put the name of a condition and two numbers into the slots of a prompt."""
+        name = self.trained_name(self.rng.choice(self.trained), language)
+        a, b = self.rng.randint(1, 99), self.rng.randint(1, 20)
+        return prompt.replace("{n}", name).replace("{a}", str(a)).replace("{b}", str(b))
+
+    def scope_rows(self, n: int | None) -> Iterator[dict]:
+        """Yield rows out of scope: of training all prompts several times, of an evaluation at most n per language."""
+        rng = self.rng
+        for language in LANGUAGES:
+            words, replies, rows = self.words(language), SCOPE["replies"][language], []
+            for kind, prompts in SCOPE["prompts"][self.split][language].items():
+                repeats = REPEATS.get(kind, 1) if n is None else 1
+                for i, prompt in enumerate(prompts * repeats):
+                    text = self.fill(prompt, language)
+                    text = capitalized(text) if n is None and rng.random() < 0.5 else text
+                    rows.append((f"{kind}-{language}-{i}", kind, spoil(text, language, rng) if n is None else text))
+            for name in SCOPE["unknown"][self.split][language]:
+                for i in range(N_UNKNOWN if n is None else 1):
+                    text = ask(words, rng.choice(ATTRIBUTES), name, language, rng)
+                    rows.append((f"unknown-{language}-{name}-{i}", "unknown", text))
+            if n is not None:
+                rng.shuffle(rows)
+                rows = rows[:n]
+            for id, kind, text in rows:
+                yield as_row(id, "", "out of scope", [(text, replies[kind])])
+
+    def evaluation_rows(self) -> Iterator[dict]:
+        rng = self.rng
+        for language in LANGUAGES:
+            new_words, old_words = self.words(language), self.words(language, "train")
+            names = {c["id"]: c[language]["name"] for c in self.conditions}
+
+            def row(kind, i, condition, attribute, question, language=language):
+                id = f"{condition['id']}-{language}-{attribute}-{kind.replace(' ', '_')}-{i}"
+                return as_row(id, condition["department"], kind, [(question, condition[language][attribute])])
+
+            for i in range(N_EVAL):
+                attribute = ATTRIBUTES[i % 5]
+                condition = rng.choice(self.trained)
+                name = self.trained_name(condition, language)
+                yield row("new wording", i, condition, attribute, ask(new_words, attribute, name, language, rng))
+                condition = self.new[i % len(self.new)]
+                question = ask(old_words, attribute, names[condition["id"]], language, rng)
+                yield row("new condition", i, condition, attribute, question)
+                with_names = [c for c, x in self.new_names if x == language]
+                condition = with_names[i % len(with_names)]
+                name = self.held_out[condition["id"], language]
+                yield row("new name", i, condition, attribute, ask(old_words, attribute, name, language, rng))
+                with_names = [c for c in self.new if c[language]["other_names"]]
+                condition = with_names[i % len(with_names)]
+                name = rng.choice(condition[language]["other_names"])
+                yield row("all new", i, condition, attribute, ask(new_words, attribute, name, language, rng))
+                yield self.follow_up_row(i, attribute, language)
+            yield from self.choice_rows(language)
+        yield from self.scope_rows(N_EVAL)
+
+    def follow_up_row(self, i: int, attribute: str, language: str) -> dict:
+        """Return a conversation whose last turn does not name its condition or, in one of four, its attribute."""
+        rng = self.rng
+        condition = self.new[i % len(self.new)]
+        rest = [a for a in ATTRIBUTES if a != attribute]
+        plan = [(condition, condition[language]["name"], a) for a in rng.sample(rest, rng.randint(1, 2))]
+        other = rng.choice(self.trained)
+        if rng.random() < 0.25:
+            plan = [(other, other[language]["name"], attribute)]
+        elif rng.random() < 0.3:
+            plan = [(other, other[language]["name"], rest[0]), *plan]
+        plan.append((condition, condition[language]["name"], attribute))
+        id = f"{condition['id']}-{language}-{attribute}-follow_up-{i}"
+        turns = converse(self.words(language), plan, language, rng)
+        return as_row(id, condition["department"], "follow-up", turns)
+
+    def choice_rows(self, language: str) -> Iterator[dict]:
+        """Yield multiple-choice rows. Each letter is correct once in four consecutive rows."""
+        rng, letters = self.rng, list[str]()
+        for i, condition in enumerate(self.new * len(ATTRIBUTES)):
+            if i >= 1.5 * N_EVAL:
+                return
+            attribute, facts = ATTRIBUTES[i % 5], condition[language]
+            letters = letters or rng.sample("ABCD", 4)
+            answer = letters.pop()
+            also_right = self.also_right.get(attribute, {}).get(condition["id"], [])
+            wrong = rng.sample(wrong_values(self.conditions, also_right, condition, language, attribute), 3)
+            options = {x: facts[attribute] if x == answer else wrong.pop() for x in "ABCD"}
+            question = ask(self.words(language), attribute, facts["name"], language, rng, plain=True)
+            id = f"{condition['id']}-{language}-{attribute}-choice-{i}"
+            yield as_row(id, condition["department"], "multiple choice", [(question, answer)]) | {"options": options}
+
+
+def normalize(row: dict) -> str:
+    """Return the user's texts of a row in small letters, without spaces and punctuation."""
+    turns = [message["content"] for message in row.get("messages", ()) if message["role"] == "user"]
+    return "\n".join(re.sub(r"\W", "", text.lower()) for text in turns or [row["question"]])
+
+
 def make_files(seed: int = 0) -> dict[str, str]:
-    """Return the content of each file by its name."""
-    _, conditions = read_table()
-    files = {}
-    for name, asked in split_conditions(conditions, seed).items():
-        wordings, n_free, n_choice = (0, 6, 1) if name == "train" else (1, 2, 2)
-        rows = list(make_questions(conditions, asked, wordings, n_free, n_choice, seed))
+    """Return the content of each file by its name. No question occurs twice in dev.jsonl and heldout.jsonl."""
+    files, seen = {}, set[str]()
+    for split in SPLITS:
+        generator = Generator(split, seed)
+        rows = list(generator.training_rows() if split == "train" else generator.evaluation_rows())
+        texts = [normalize(row) for row in rows]
+        if split != "train":
+            rows = [row for i, row in enumerate(rows) if texts[i] not in seen and texts[i] not in texts[:i]]
+        seen |= set(texts)
         random.Random(seed).shuffle(rows)
-        files[f"{name}.jsonl"] = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        files[f"{split}.jsonl"] = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     return files
 
 
 if __name__ == "__main__":
     for name, content in make_files().items():
-        (HERE / name).write_text(content, encoding="utf-8")
+        Path(HERE / name).write_text(content, encoding="utf-8")
         print(f"{name}: {content.count(chr(10))} questions")

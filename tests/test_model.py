@@ -164,9 +164,9 @@ def test_only_experts_and_routers_are_trainable():
 def test_the_same_seed_gives_the_same_experts_for_every_dtype(tmp_path):
     save_model(tiny_model(), tmp_path, torch.float32)
     torch.manual_seed(3)
-    loaded = adapter_state(load_model(tmp_path, adapter=AdapterConfig()))
+    loaded = adapter_state(load_model(tmp_path, adapter=AdapterConfig(targets=EVERYWHERE)))
     torch.manual_seed(3)
-    again = adapter_state(load_model(tmp_path, torch.bfloat16, adapter=AdapterConfig()))
+    again = adapter_state(load_model(tmp_path, torch.bfloat16, adapter=AdapterConfig(targets=EVERYWHERE)))
     assert all(torch.equal(loaded[name], again[name]) for name in loaded)
 
 
@@ -196,7 +196,7 @@ def test_rotation_rotates_each_pair_by_its_angle():
 
 def test_a_bfloat16_base_trains_float32_experts(tmp_path):
     save_model(tiny_model(), tmp_path)
-    model = load_model(tmp_path, torch.bfloat16, adapter=AdapterConfig(n_experts=4, routing_dim=8))
+    model = load_model(tmp_path, torch.bfloat16, adapter=AdapterConfig(n_experts=4, routing_dim=8, targets=EVERYWHERE))
     logits, _ = model(torch.randint(0, 50, (2, 10)))
     logits.float().logsumexp(-1).mean().backward()
     assert logits.dtype == torch.bfloat16

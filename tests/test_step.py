@@ -14,14 +14,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from minidoctor.batching import Batch, ShuffledBatches, collate, micro_batches
 from minidoctor.checkpoints.hugging_face import load_model
-from minidoctor.config import AdapterConfig, TrainConfig
+from minidoctor.config import TARGETS, AdapterConfig, TrainConfig
 from minidoctor.losses import contrastive_routing_loss, load_balance_loss
 from minidoctor.model import trainable_parameters
 from minidoctor.questions.json_rows import parse_row
 from minidoctor.step import compute_losses, learning_rate, make_optimizer, make_queue, train_step
 from minidoctor.text.tokenizer import encode_conversation
 
-ADAPTER_CONFIG = AdapterConfig(n_experts=4, top_k=2, rank=2, alpha=4.0, routing_dim=4)
+ADAPTER_CONFIG = AdapterConfig(n_experts=4, top_k=2, rank=2, alpha=4.0, routing_dim=4, targets=tuple(TARGETS))
 
 
 def read_examples(config, tokenizer):

@@ -7,7 +7,7 @@ import torch
 import sample
 from minidoctor.checkpoints.adapters import ADAPTER, save_adapter_config
 from minidoctor.checkpoints.hugging_face import load_model, save_model
-from minidoctor.config import AdapterConfig, SampleConfig
+from minidoctor.config import TARGETS, AdapterConfig, SampleConfig
 from minidoctor.files.safetensors import write_tensors
 from minidoctor.generate import complete
 from minidoctor.model import Model, adapter_state
@@ -70,7 +70,7 @@ def test_compile_compiles_the_model_before_it_answers(ask, base_dir, answer, mon
 def test_bad_input_is_reported_in_one_line_with_exit_code_2(ask, tmp_path, base_dir, adapter_dir):
     damaged = shutil.copytree(adapter_dir, tmp_path / "damaged")
     (damaged / "adapter.safetensors").write_bytes(b"\0" * 50)
-    plain_lora, adapter = tmp_path / "lora", AdapterConfig(n_experts=1, rank=2)
+    plain_lora, adapter = tmp_path / "lora", AdapterConfig(n_experts=1, rank=2, targets=tuple(TARGETS))
     save_adapter_config(plain_lora, str(base_dir), adapter)
     write_tensors(plain_lora / ADAPTER, adapter_state(load_model(base_dir, adapter=adapter)))
     adapted = ["--adapter", adapter_dir]

@@ -12,7 +12,7 @@ from minidoctor.bench.implementations import (
     share_weights,
 )
 from minidoctor.bench.options import FEED_FORWARD, SHAPES
-from minidoctor.config import AdapterConfig, ModelConfig, TrainConfig
+from minidoctor.config import TARGETS, AdapterConfig, ModelConfig, TrainConfig
 from minidoctor.lora import LoRAExperts
 from minidoctor.losses import language_model_loss
 from minidoctor.model import Model
@@ -44,7 +44,9 @@ def spy_on_input_gradient(forward, gradients):
 
 def test_make_step_trains_the_adapter_and_leaves_the_base_unchanged(base):
     before = {name: p.clone() for name, p in base.named_parameters()}
-    step = make_step(base, AdapterConfig(4, 2, 2), TrainConfig(queue_capacity=4, queue_share=2, warmup=0))
+    step = make_step(
+        base, AdapterConfig(4, 2, 2, targets=tuple(TARGETS)), TrainConfig(queue_capacity=4, queue_share=2, warmup=0)
+    )
     batch = random_batch(60, 2, 8)
     assert len(batch.answer_positions) == 8  # half of the tokens
     losses = [float(step(batch).losses["lm"]) for _ in range(20)]

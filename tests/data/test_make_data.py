@@ -1,42 +1,63 @@
 """The table of conditions, the generated text and questions, and the shipped files."""
 
 import json
+import random
 import re
 from collections import Counter
-from itertools import chain
 
 import pytest
 
-from data.make_data import (
-    ATTRIBUTES,
-    HERE,
-    LANGUAGES,
-    QUESTIONS,
-    declarative_text,
-    make_files,
-    read_table,
-    split_conditions,
-)
+from data.make_data import SPLITS, WORDINGS, Generator, make_files, split_conditions
+from data.make_text import ATTRIBUTES, HERE, LANGUAGES, SCOPE, add_typo, declarative_text, read_json, read_table
 from minidoctor.checkpoints.hugging_face import load_model
-from minidoctor.questions.overlap import question_hash, training_hashes
+from minidoctor.questions.overlap import normalize_question, question_hash, training_hashes
 from minidoctor.questions.read import read_questions
 from minidoctor.text.tokenizer import load_tokenizer
 
 DEPARTMENTS, CONDITIONS = read_table()
-FILES = ("train", "dev", "heldout")
-ROWS = {name: read_questions(HERE / f"{name}.jsonl").rows for name in FILES}
+BY_ID = {condition["id"]: condition for condition in CONDITIONS}
+ROWS = {name: read_questions(HERE / f"{name}.jsonl").rows for name in SPLITS}
+GENERATORS = {name: Generator(name) for name in SPLITS}
+EVALUATIONS = ("dev", "heldout")
+N_ROUNDS = 6  # of the text of the base: each contains each fact once
+KINDS = {"new wording", "new condition", "new name", "all new", "follow-up", "out of scope", "multiple choice"}
 
 
 @pytest.fixture(scope="module")
 def text():
-    return "\n".join(declarative_text(CONDITIONS, n_rounds=30, seed=0))
+    return "\n".join(declarative_text(CONDITIONS, N_ROUNDS, seed=0))
+
+
+def condition_names(condition, language):
+    return [condition[language]["name"], *condition[language]["other_names"]]
+
+
+def user_texts(row):
+    return [message["content"] for message in row.messages if message["role"] == "user"]
+
+
+def parse_id(row):
+    """Return condition, language and attribute of a row about a condition."""
+    id, language, attribute, *_ = row.id.split("-")
+    return BY_ID[id], language, attribute
+
+
+def split_ids(name):
+    return {condition["id"] for condition in split_conditions(CONDITIONS, seed=0)[name]}
+
+
+def wordings(split, language):
+    for key, value in WORDINGS[split][language].items():
+        for attribute, texts in value.items() if isinstance(value, dict) else [("", value)]:
+            yield from ((key, attribute, normalize_question(text)) for text in texts)
 
 
 def test_the_table_is_complete_and_its_values_are_distinct():
-    assert len(CONDITIONS) >= 150
+    assert len(CONDITIONS) >= 260
     assert len(DEPARTMENTS) >= 12
+    assert len(BY_ID) == len(CONDITIONS)
     for language in LANGUAGES:
-        for key in ("name", "symptoms", "cause", "test", "treatment"):
+        for key in ("symptoms", "cause", "test", "treatment"):
             values = [condition[language][key] for condition in CONDITIONS]
             assert len(set(values)) == len(CONDITIONS), (language, key)
             assert all(value.strip() == value and value for value in values)
@@ -44,69 +65,142 @@ def test_the_table_is_complete_and_its_values_are_distinct():
         assert condition["en"]["symptoms"].count(" and ") == condition["zh"]["symptoms"].count("和") == 1
 
 
+def test_a_name_means_one_condition():
+    for language in LANGUAGES:
+        names = [name.lower() for condition in CONDITIONS for name in condition_names(condition, language)]
+        assert len(names) > 2 * len(CONDITIONS)
+        assert [name for name, n in Counter(names).items() if n > 1] == []
+        unknown = {name.lower() for split in SPLITS for name in SCOPE["unknown"][split][language]}
+        assert not unknown & set(names)
+
+
 def test_make_files_reproduces_the_shipped_questions_byte_for_byte():
     for name, content in make_files(seed=0).items():
         assert (HERE / name).read_bytes() == content.encode()
 
 
-def test_conditions_are_split_70_15_15_and_never_shared():
-    parts = split_conditions(CONDITIONS, seed=0)
-    ids = {name: {condition["id"] for condition in conditions} for name, conditions in parts.items()}
+def test_conditions_are_split_70_15_15():
+    ids = {name: split_ids(name) for name in SPLITS}
     assert sum(map(len, ids.values())) == len(CONDITIONS) == len(set.union(*ids.values()))
     assert len(ids["train"]) / len(CONDITIONS) == pytest.approx(0.7, abs=0.02)
     assert abs(len(ids["dev"]) - len(ids["heldout"])) <= 1
-    assert {name: {row.id.split("-")[0] for row in ROWS[name]} for name in FILES} == ids
+    trained = {parse_id(row)[0]["id"] for row in ROWS["train"] if row.kind != "out of scope"}
+    assert trained == ids["train"]
 
 
-def test_dev_and_held_out_wordings_never_occur_in_train():
+@pytest.mark.parametrize("name", EVALUATIONS)
+def test_each_kind_asks_about_its_conditions_under_its_names(name):
+    other = Generator({"dev": "heldout", "heldout": "dev"}[name])
+    held_out = dict(GENERATORS[name].held_out)
+    here = {(condition["id"], language) for condition, language in GENERATORS[name].new_names}
+    assert here | {(condition["id"], language) for condition, language in other.new_names} == set(held_out)
+    assert {row.kind for row in ROWS[name]} == KINDS
+    for row in ROWS[name]:
+        if row.kind == "out of scope":
+            continue
+        condition, language, attribute = parse_id(row)
+        is_trained = row.kind in ("new wording", "new name")
+        assert condition["id"] in split_ids("train" if is_trained else name), row.id
+        assert row.options or row.answer == condition[language][attribute]
+        if row.kind == "new name":
+            assert (condition["id"], language) in here
+
+
+def test_a_held_out_name_never_occurs_in_train():
+    held_out = GENERATORS["train"].held_out
+    n_rows = 0
+    for (id, language), name in held_out.items():
+        assert name in BY_ID[id][language]["other_names"]
+        boundary = r"\b" if language == "en" else ""
+        for row in ROWS["train"]:
+            if row.id.startswith(f"{id}-{language}-") and row.kind == "question":
+                assert not re.search(boundary + re.escape(name) + boundary, row.question, re.IGNORECASE)
+                n_rows += 1
+    assert n_rows > 1000
+
+
+def test_wordings_of_the_splits_differ():
     for language in LANGUAGES:
-        for train, evaluation in QUESTIONS[language].values():
-            assert not set(train) & set(evaluation)
-    names = [condition[language]["name"] for condition in CONDITIONS for language in LANGUAGES]
-    wordings = {name: set() for name in FILES}
-    for file, rows in ROWS.items():
-        for row in rows:
-            name = max((n for n in names if n.lower() in row.question.lower()), key=len)
-            wordings[file].add(re.sub(re.escape(name), "{n}", row.question, flags=re.IGNORECASE))
-    assert wordings["train"]
-    assert not wordings["train"] & (wordings["dev"] | wordings["heldout"])
+        sets = {split: {w for w in wordings(split, language) if w[0] not in ("openers", "closers")} for split in SPLITS}
+        assert all(len(texts) > 100 for texts in sets.values())
+        # A clause may be indirect in one split and a question in another: the texts are compared, not their keys.
+        texts = {split: {text for _, _, text in found} for split, found in sets.items()}
+        assert not texts["train"] & texts["dev"]
+        assert not texts["train"] & texts["heldout"]
+        assert not texts["dev"] & texts["heldout"]
 
 
-@pytest.mark.parametrize("name", ["dev", "heldout"])
+@pytest.mark.parametrize("name", EVALUATIONS)
 def test_no_evaluation_question_is_trained_on(name):
     trained = set().union(*map(training_hashes, ROWS["train"]))
     assert all(question_hash(row) in trained for row in ROWS["train"])
     assert not any(question_hash(row) in trained for row in ROWS[name])
+    assert len({question_hash(row) for row in ROWS[name]}) == len(ROWS[name])
 
 
-@pytest.mark.parametrize("name", FILES)
-def test_letters_are_balanced_and_wrong_options_are_of_other_departments(name):
-    by_id = {condition["id"]: condition for condition in CONDITIONS}
-    rows = [row for row in ROWS[name] if row.options]
-    counts = Counter(row.answer for row in rows)
-    assert max(counts.values()) - min(counts.values()) <= 1
+@pytest.mark.parametrize("name", EVALUATIONS)
+def test_a_follow_up_needs_the_turn_before(name):
+    rows = [row for row in ROWS[name] if row.kind == "follow-up"]
+    without_name = 0
     for row in rows:
-        id, language, attribute, *_ = row.id.split("-")
-        correct, values = by_id[id][language][attribute], set(row.options.values())
+        condition, language, _ = parse_id(row)
+        *earlier, last = (text.lower() for text in user_texts(row))
+        assert earlier
+        named = any(n.lower() in last for n in condition_names(condition, language))
+        without_name += not named
+        assert not named or row.question not in earlier
+    assert without_name > len(rows) / 2
+
+
+def test_answers_out_of_scope_contain_no_fact():
+    values = {c[x][a].lower() for c in CONDITIONS for x in LANGUAGES for a in ATTRIBUTES if a != "department"}
+    replies = {reply for language in LANGUAGES for reply in SCOPE["replies"][language].values()}
+    assert not [value for value in values for reply in replies if value in reply.lower()]
+    for rows in ROWS.values():
+        assert {row.answer for row in rows if row.kind == "out of scope"} <= replies
+
+
+def test_unknown_conditions_of_the_evaluations_are_in_no_other_text(text):
+    train = text.lower() + "\n".join(q for row in ROWS["train"] for q in user_texts(row)).lower()
+    for name in EVALUATIONS:
+        for language in LANGUAGES:
+            found = [n for n in SCOPE["unknown"][name][language] if n.lower() in train]
+            assert len(found) <= 0.1 * len(SCOPE["unknown"][name][language]), found  # as a part of another name
+
+
+@pytest.mark.parametrize("name", EVALUATIONS)
+def test_letters_are_balanced_and_wrong_options_are_wrong(name):
+    rows = [row for row in ROWS[name] if row.options]
+    for language in LANGUAGES:
+        counts = Counter(row.answer for row in rows if row.language == language)
+        assert max(counts.values()) - min(counts.values()) <= 1
+    also_right = read_json("conditions.json")["also_right"]
+    for row in rows:
+        condition, language, attribute = parse_id(row)
+        correct, values = condition[language][attribute], set(row.options.values())
         assert row.options[row.answer] == correct
         assert len(values) == 4
         for value in values - {correct}:
-            departments = {c["department"] for c in CONDITIONS if c[language][attribute] == value}
+            sources = [c for c in CONDITIONS if c[language][attribute] == value]
+            departments = {c["department"] for c in sources}
             assert departments
-            assert by_id[id]["department"] not in departments
+            assert not departments & {condition["department"], *condition.get("also", [])}
+            assert not [c for c in sources if c["id"] in also_right.get(attribute, {}).get(condition["id"], [])]
 
 
-def test_each_fact_occurs_in_many_wordings_in_both_languages(text):
-    lower = text.lower()
+def test_each_fact_occurs_in_each_round_and_each_name_at_times(text):
+    lower, missing = text.lower(), 0
     for condition in CONDITIONS:
         for language in LANGUAGES:
-            for attribute in ATTRIBUTES:
-                assert lower.count(condition[language][attribute].lower()) >= 10
+            assert all(lower.count(condition[language][attribute].lower()) >= N_ROUNDS for attribute in ATTRIBUTES)
+            missing += sum(name.lower() not in lower for name in condition_names(condition, language))
+    assert missing < 40  # of 2,200; others occur in later rounds
 
 
 def remove_values(text):
     """Remove the names and values of the table, which may contain any character."""
-    values = {condition["zh"][key] for condition in CONDITIONS for key in ("name", *ATTRIBUTES)}
+    values = {condition["zh"][key] for condition in CONDITIONS for key in ATTRIBUTES}
+    values |= {name for condition in CONDITIONS for name in condition_names(condition, "zh")}
     for value in sorted(values, key=len, reverse=True):
         text = text.replace(value, "")
     return text
@@ -116,16 +210,24 @@ def test_the_text_of_the_base_contains_no_question(text):
     assert "?" not in text
     words = "what|which|who|whom|whose|how|why|where|when (?:is|do|does|should)|can|could|should|do|does|did|is|are"
     assert not re.search(rf"(^|[.:;-] )({words})\b", text, re.IGNORECASE | re.MULTILINE)
-    assert not re.search("[？吗呢]|什么|哪|怎么|怎样|如何|为何|谁|几", remove_values(text))
-    for language in LANGUAGES:
-        for wording in chain(*chain(*QUESTIONS[language].values())):
-            assert not all(part.rstrip("?？") in text for part in wording.split("{n}")), wording
+    assert not re.search("[？吗呢]|什么|哪|怎么|怎样|如何|为何|谁|几", remove_values(text[:300_000]))
 
 
 def test_the_seed_determines_the_text():
     first = list(declarative_text(CONDITIONS, 1, seed=0))
     assert first == list(declarative_text(CONDITIONS, 1, seed=0))
     assert first != list(declarative_text(CONDITIONS, 1, seed=1))
+
+
+def test_a_typo_changes_one_letter_inside_a_word():
+    rng = random.Random(0)
+    for _ in range(200):
+        typed = add_typo("Graves disease", rng)
+        assert abs(len(typed) - len("Graves disease")) <= 1
+        assert typed[0] == "G"
+        assert typed[-1] == "e"
+    assert len({add_typo("Graves disease", rng) for _ in range(100)}) > 20
+    assert add_typo("gout 痛风", rng) == "gout 痛风"
 
 
 def test_the_shipped_base_is_small_and_loads():
@@ -136,7 +238,7 @@ def test_the_shipped_base_is_small_and_loads():
     assert load_tokenizer(base).vocab_size == load_model(base).config.vocab_size
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", SPLITS)
 def test_the_shipped_questions_have_both_languages_and_all_departments(name):
     assert {row.language for row in ROWS[name]} == set(LANGUAGES)
-    assert {row.topic for row in ROWS[name]} == set(DEPARTMENTS)
+    assert {row.topic for row in ROWS[name]} - {""} >= set(DEPARTMENTS) - {"dentistry"}

@@ -10,7 +10,7 @@ from minidoctor.checkpoints.adapters import ADAPTER, load, load_adapted_model, s
 from minidoctor.checkpoints.families import read_model_config
 from minidoctor.checkpoints.hugging_face import checkpoint_hash, load_model, save_model
 from minidoctor.checkpoints.peft import CONFIG, WEIGHTS, write_peft
-from minidoctor.config import AdapterConfig, ModelConfig, RopeScaling, SampleConfig
+from minidoctor.config import TARGETS, AdapterConfig, ModelConfig, RopeScaling, SampleConfig
 from minidoctor.export import __main__ as export
 from minidoctor.export.merge import merge, stored_dtype
 from minidoctor.files.safetensors import read_header, read_tensors, write_tensors
@@ -18,7 +18,7 @@ from minidoctor.generate import complete
 from minidoctor.model import Model, adapter_state
 from minidoctor.text.tokenizer import load_tokenizer
 
-PLAIN = AdapterConfig(n_experts=1, rank=4, alpha=6.0)
+PLAIN = AdapterConfig(n_experts=1, rank=4, alpha=6.0, targets=tuple(TARGETS))
 SIZES = {"vocab_size": 61, "dim": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "head_dim": 8, "ffn_dim": 48}
 # Bases of several families. The last two are the architectures that store q, k and v as one matrix.
 KINDS = {

@@ -7,7 +7,7 @@ import pytest
 
 from minidoctor.checkpoints.adapters import ADAPTER, save_adapter_config
 from minidoctor.checkpoints.hugging_face import load_model
-from minidoctor.config import AdapterConfig
+from minidoctor.config import TARGETS, AdapterConfig
 from minidoctor.files.safetensors import write_tensors
 from minidoctor.model import adapter_state
 from minidoctor.picture import __main__ as picture
@@ -89,7 +89,7 @@ def test_example_is_the_first_question_preferably_free_form(adapted, tokenizer):
 
 def test_bad_input_is_reported_in_one_line_before_anything_is_written(plots, draw, base_dir, run_dir, tmp_path):
     plain_lora = tmp_path / "lora"
-    adapter = AdapterConfig(n_experts=1, rank=2)
+    adapter = AdapterConfig(n_experts=1, rank=2, targets=tuple(TARGETS))
     save_adapter_config(plain_lora, str(base_dir), adapter)
     write_tensors(plain_lora / ADAPTER, adapter_state(load_model(base_dir, adapter=adapter)))
     shutil.copy(run_dir / "metrics.jsonl", plain_lora)

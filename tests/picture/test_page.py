@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 import sample
 from minidoctor.checkpoints.adapters import load_adapted_model
-from minidoctor.config import AdapterConfig, ModelConfig, UserError
+from minidoctor.config import TARGETS, AdapterConfig, ModelConfig, UserError
 from minidoctor.files.safetensors import write_tensors
 from minidoctor.model import Model
 from minidoctor.picture import __main__ as picture
@@ -161,7 +161,7 @@ def test_one_routing_dimension_has_a_second_component_of_zero(tmp_path, config):
 def test_two_default_runs_are_below_one_megabyte(tmp_path, tokenizer):
     """16 sublayers, 8 experts, 64 keys each, 400 steps, with as many tokens as are displayed."""
     config = ModelConfig(tokenizer.vocab_size, 16, n_layers=8, n_heads=1, n_kv_heads=1, head_dim=16, ffn_dim=16)
-    model = Model(config, AdapterConfig(rank=1)).eval()
+    model = Model(config, AdapterConfig(rank=1, targets=tuple(TARGETS))).eval()
     queue = {"queue.keys": unit_vectors(16, 8, 64, 16), "queue.written": torch.full((16, 8), 1000)}
     write_tensors(tmp_path / STATE, queue)
     load = torch.rand(400, 16, 8).softmax(-1).tolist()

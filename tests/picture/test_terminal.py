@@ -4,7 +4,7 @@ from collections import Counter
 import pytest
 import torch
 
-from minidoctor.config import AdapterConfig, UserError
+from minidoctor.config import TARGETS, AdapterConfig, UserError
 from minidoctor.model import Model
 from minidoctor.picture.terminal import (
     CODES,
@@ -52,7 +52,7 @@ def test_choose_sublayer_prefers_the_feed_forward_of_a_layer(config, adapted):
 
 
 def test_sublayer_names_need_a_router(config, model):
-    for plain in (model, Model(config, AdapterConfig(n_experts=1, rank=2))):
+    for plain in (model, Model(config, AdapterConfig(n_experts=1, rank=2, targets=tuple(TARGETS)))):
         with pytest.raises(UserError, match="no router"):
             sublayer_names(plain)
 

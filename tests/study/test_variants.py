@@ -3,7 +3,7 @@ import json
 import torch
 from paths import ROOT
 
-from minidoctor.config import AdapterConfig
+from minidoctor.config import TARGETS, AdapterConfig
 from minidoctor.router import Router
 from minidoctor.study.variants import (
     BASELINE,
@@ -39,7 +39,7 @@ def test_plain_lora_has_the_parameters_of_the_experts(config):
     experts, trainable, active = (
         adapter_config(VARIANTS[name], ablation, config) for name in (BASELINE, LORA, "LoRA, same active parameters")
     )
-    per_rank = n_parameters(config, AdapterConfig(1, 1, 1))
+    per_rank = n_parameters(config, AdapterConfig(1, 1, 1, targets=tuple(TARGETS)))
     assert trainable.n_experts == 1
     assert abs(n_parameters(config, trainable) - n_parameters(config, experts)) <= per_rank / 2  # the nearest rank
     assert (active.n_experts, active.rank, active.alpha) == (1, 6, 12.0)  # 2 of 4 experts of rank 3

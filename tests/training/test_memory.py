@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from minidoctor.config import AdapterConfig, ModelConfig, TrainConfig
+from minidoctor.config import TARGETS, AdapterConfig, ModelConfig, TrainConfig
 from minidoctor.model import Model
 from minidoctor.step import make_queue
 from minidoctor.training.memory import (
@@ -44,7 +44,7 @@ def test_activations_per_token_are_those_that_autograd_saves(targets, n_experts)
 
 
 def test_activation_checkpointing_saves_the_inputs_of_the_blocks_only():
-    model = Model(CONFIG, AdapterConfig(4, 2, 2))
+    model = Model(CONFIG, AdapterConfig(4, 2, 2, targets=tuple(TARGETS)))
     plain, hidden = saved_elements(model)
     recomputed, same = saved_elements(model, recompute=True)
     assert torch.equal(hidden, same)
@@ -55,7 +55,7 @@ def test_activation_checkpointing_saves_the_inputs_of_the_blocks_only():
 
 def test_contrast_and_logits_have_a_fixed_size():
     config = TrainConfig(contrast_weight=0.03)
-    model = Model(ModelConfig(32000, 16, 2, 2, 2, 8, 16), AdapterConfig(4, 2, 2))
+    model = Model(ModelConfig(32000, 16, 2, 2, 2, 8, 16), AdapterConfig(4, 2, 2, targets=tuple(TARGETS)))
     few, many = (estimate(model, make_queue(model, config), config, n, n // 2) for n in (1024, 65536))
     assert few["contrast"] == many["contrast"] > 0
     assert many["logits"] < 2 * few["logits"]

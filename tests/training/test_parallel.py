@@ -19,7 +19,7 @@ from torch import nn
 
 from minidoctor.batching import IGNORE, Example, ShuffledBatches, micro_batches
 from minidoctor.cli.processes import Processes
-from minidoctor.config import AdapterConfig, ModelConfig, TrainConfig
+from minidoctor.config import TARGETS, AdapterConfig, ModelConfig, TrainConfig
 from minidoctor.files.safetensors import read_tensors
 from minidoctor.model import Model, adapter_state, is_adapter_name, trainable_parameters
 from minidoctor.step import make_optimizer, make_queue, train_step
@@ -27,7 +27,7 @@ from minidoctor.training.parallel import compute_share, shard_base, take_share
 from minidoctor.training.state import read_state
 
 SHAPE = ModelConfig(vocab_size=60, dim=32, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=8, ffn_dim=48)
-ADAPTER = AdapterConfig(n_experts=4, top_k=2, rank=2, alpha=4.0, routing_dim=4)
+ADAPTER = AdapterConfig(n_experts=4, top_k=2, rank=2, alpha=4.0, routing_dim=4, targets=tuple(TARGETS))
 CONFIG = TrainConfig(
     steps=20, batch_size=7, accumulate=2, lr=2e-3, warmup=2, contrast_weight=0.5, contrast_warmup=0, n_anchors=16,
     queue_capacity=4, queue_share=2,

@@ -6,7 +6,7 @@ import torch
 
 from minidoctor.batching import ShuffledBatches, micro_batches
 from minidoctor.checkpoints.hugging_face import load_model
-from minidoctor.config import AdapterConfig, TrainConfig, UserError
+from minidoctor.config import TARGETS, AdapterConfig, TrainConfig, UserError
 from minidoctor.files.safetensors import read_header, read_tensors, write_tensors
 from minidoctor.model import trainable_parameters
 from minidoctor.step import make_optimizer, make_queue, train_step
@@ -68,7 +68,7 @@ def test_a_missing_or_damaged_state_is_rejected(tmp_path):
 
 
 def damaged(**changes):
-    state = RunState(TrainConfig(), AdapterConfig(), input_hashes={"base": ""})
+    state = RunState(TrainConfig(), AdapterConfig(targets=tuple(TARGETS)), input_hashes={"base": ""})
     run = json.loads(json.dumps(dataclasses.asdict(state))) | changes
     return {"run": json.dumps({name: value for name, value in run.items() if value != "removed"})}
 
