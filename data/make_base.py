@@ -9,6 +9,7 @@ import argparse
 import io
 import itertools
 import math
+import random
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +20,7 @@ from torch import nn
 from tqdm import tqdm
 
 from data.make_text import declarative_text, read_table
-from minidoctor.batching import Example, collate
+from minidoctor.batching import IGNORE, Example, collate
 from minidoctor.checkpoints.hugging_face import save_model
 from minidoctor.cli.device import choose_device
 from minidoctor.cli.main import run
@@ -41,6 +42,7 @@ SHAPE = ModelConfig(
     max_seq_len=512,
 )
 TOKENIZER_ROUNDS = 20  # of text
+P_WORDING = 0.2  # of a token outside names and values to be a target
 
 
 def make_tokenizer(conditions: list[dict], out: Path) -> Tokenizer:
@@ -72,15 +74,32 @@ def make_tokenizer(conditions: list[dict], out: Path) -> Tokenizer:
     return load_tokenizer(out)
 
 
+def find_slots(text: str, tokens: list[int], tokenizer: Tokenizer) -> list[bool]:
+    """Return, for each token of a text with "\\t" around names and values, whether its last character is in one."""
+    inside = [i % 2 == 1 for i, part in enumerate(text.split("\t")) for _ in part]
+    end, found = -1, []  # the encoder puts a space before the text
+    for token in tokens:
+        end += len(tokenizer.decode([tokens[0], token])) - len(tokenizer.decode([tokens[0]]))
+        found.append(inside[min(max(end, 1), len(inside)) - 1])
+    return found
+
+
 def make_blocks(conditions: list[dict], tokenizer: Tokenizer, length: int, seed: int) -> Iterator[Example]:
-    """Yield blocks of `length` tokens from an endless text whose paragraphs are between <s> and </s>."""
-    tokens: list[int] = []
+    """Yield blocks of `length` tokens from an endless text whose paragraphs are between <s> and </s>.
+
+    All tokens of names and values are targets, but only a part of the others: the wording is drawn at random, so most
+    of its loss cannot be reduced, and its gradient is noise for the facts.
+    """
+    rng, tokens, targets = random.Random(seed), list[int](), list[int]()
     for round_seed in itertools.count(seed * 1_000_003):
-        for paragraph in declarative_text(conditions, 1, round_seed):
-            tokens += [*tokenizer.start, *tokenizer.encode(paragraph), *tokenizer.eos_ids]
+        for text in declarative_text(conditions, 1, round_seed, cut="\t"):
+            ids = tokenizer.encode(text.replace("\t", ""))
+            kept = [slot or rng.random() < P_WORDING for slot in find_slots(text, ids, tokenizer)]
+            tokens += [*tokenizer.start, *ids, *tokenizer.eos_ids]
+            targets += [IGNORE, *(i if keep else IGNORE for i, keep in zip(ids, kept, strict=True)), *tokenizer.eos_ids]
             while len(tokens) > length:
-                yield Example(tokens[:length], tokens[1 : length + 1])
-                tokens = tokens[length:]
+                yield Example(tokens[:length], targets[1 : length + 1])
+                tokens, targets = tokens[length:], targets[length:]
 
 
 def initialize(model: Model) -> None:
@@ -104,7 +123,7 @@ def main() -> None:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default auto)")
     parser.add_argument("--out", default="data/base", help="directory to write (default data/base)")
     args = parser.parse_args()
-    config = TrainConfig(steps=args.steps, batch_size=16, lr=3e-3, warmup=100, weight_decay=0.1, seed=args.seed)
+    config = TrainConfig(steps=args.steps, batch_size=8, lr=3e-3, warmup=100, weight_decay=0.1, seed=args.seed)
     torch.manual_seed(args.seed)
     _, conditions = read_table()
     out, device = Path(args.out), choose_device(args.device)
@@ -114,7 +133,7 @@ def main() -> None:
     initialize(model)
     model.to(device)
     optimizer = make_optimizer(model, config)
-    examples = make_blocks(conditions, tokenizer, 128, args.seed)
+    examples = make_blocks(conditions, tokenizer, 256, args.seed)
     start, n_tokens = time.perf_counter(), 0
     with tqdm(range(args.steps), desc="training the base") as progress:
         for step in progress:

@@ -21,16 +21,24 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from data.make_text import ATTRIBUTES, HERE, LANGUAGES, SCOPE, add_typo, capitalized, read_json, read_table
+from data.make_text import (
+    ATTRIBUTES,
+    HERE,
+    LANGUAGES,
+    SCOPE,
+    WORDINGS,
+    add_typo,
+    capitalized,
+    pick,
+    read_json,
+    read_table,
+)
 
 SPLITS = ("train", "dev", "heldout")
-WORDINGS = read_json("wordings.json")
 N_QUESTIONS = {"en": 6, "zh": 4}  # single questions per fact in train.jsonl; English has more forms
-N_CONVERSATIONS = {"en": 12, "zh": 9}  # per condition
-N_UNKNOWN = 1  # questions per unknown name
+N_CONVERSATIONS = {"en": 16, "zh": 12}  # per condition
 N_EVAL = 100  # questions per kind and language
 P_TYPO = {"en": 0.1, "zh": 0.0}  # a typing error of one letter
-REPEATS = {"other_aspect": 2, "emergency": 2}  # of each prompt in train.jsonl; otherwise once
 
 
 # Words of a mention that name a man or a woman, who cannot have a condition of the other sex.
@@ -66,7 +74,7 @@ def choose_mention(words: dict, language: str, sex: str, rng: random.Random) -> 
     mentions = words["mentions"]
     if opposite:
         mentions = [text for text in mentions if not re.search(PEOPLE[language][opposite], text, re.IGNORECASE)]
-    return rng.choice(mentions)
+    return pick(mentions, rng)
 
 
 def ask(
@@ -75,36 +83,39 @@ def ask(
     """Return a question about one attribute of a condition. A plain one is complete, with capitals and a mark."""
     end = "？" if language == "zh" else "?"
     if plain:
-        return capitalized(rng.choice(words["questions"][attribute]).format(n=name)) + end
+        return capitalized(pick(words["questions"][attribute], rng).format(n=name)) + end
     kind = rng.choices(("question", "fragment", "indirect", "mention"), (45, 14, 14, 27))[0]
     is_request = False
     if kind == "fragment":
-        text = rng.choice(words["fragments"][attribute]).format(n=name)
+        text = pick(words["fragments"][attribute], rng).format(n=name)
         return spoil(capitalized(text) + rng.choice(("", "", end)), language, rng)
     if kind == "mention":
         mention = choose_mention(words, language, sex, rng).format(n=name)
-        question = rng.choice(words["pronoun"][attribute])
+        question = pick(words["pronoun"][attribute], rng)
+        if "pronoun_indirect" in words and rng.random() < 0.25:
+            clause = pick(words["pronoun_indirect"][attribute], rng)
+            question = pick(words["indirect_frames"], rng).format(q=clause)
         joint = rng.choice(("，", "。", "，", " ") if language == "zh" else (". ", ", ", ". ", " - ", "; "))
         text = mention + joint + (capitalized(question) if joint in (". ", "。") else question)
     elif kind == "indirect":
-        clause = rng.choice(words["indirect"][attribute]).format(n=name)
-        frame = rng.choice(words["indirect_frames"])
+        clause = pick(words["indirect"][attribute], rng).format(n=name)
+        frame = pick(words["indirect_frames"], rng)
         text, is_request = frame.format(q=clause), not IS_QUESTION.search(frame)
     else:
-        text = rng.choice(words["questions"][attribute]).format(n=name)
+        text = pick(words["questions"][attribute], rng).format(n=name)
     if rng.random() < 0.2:
-        opener = rng.choice(words["openers"])
+        opener = pick(words["openers"], rng)
         text = opener + ("" if language == "zh" else " ") + text
     text = attach_punctuation(capitalized(text), language, is_request, rng)
     if rng.random() < 0.08 and text[-1] in "?？.。":
-        text += ("" if language == "zh" else " ") + rng.choice(words["closers"])
+        text += ("" if language == "zh" else " ") + pick(words["closers"], rng)
     return spoil(text, language, rng)
 
 
 def follow_up(words: dict, attribute: str, language: str, rng: random.Random) -> str:
     """Return a short question about the condition of an earlier turn."""
     kind = rng.choices(("follow_ups", "pronoun"), (70, 30))[0]
-    question = attach_punctuation(capitalized(rng.choice(words[kind][attribute])), language, False, rng)
+    question = attach_punctuation(capitalized(pick(words[kind][attribute], rng)), language, False, rng)
     return spoil(question, language, rng)
 
 
@@ -123,7 +134,7 @@ def converse(
         if before and before[0] is condition:
             question = follow_up(words, attribute, language, rng)
         elif before and before[2] == attribute:
-            text = capitalized(rng.choice(words["changes"]).format(n=name))
+            text = capitalized(pick(words["changes"], rng).format(n=name))
             question = spoil(attach_punctuation(text, language, False, rng), language, rng)
         else:
             question = ask(words, attribute, name, language, rng, condition.get("sex", ""))
@@ -264,7 +275,10 @@ class Generator:
             plan.append((current, name, attributes[i]))
         turns = converse(self.words(language), plan, language, rng)
         if rng.random() < 0.5:
-            turns.insert(rng.randint(0, len(turns)), self.scope_turn(language))
+            kind, scope_turns = self.scope_turns(language)
+            # A question without a name after an unknown condition is about that one.
+            i = rng.choice((0, len(turns))) if kind == "unknown" else rng.randint(0, len(turns))
+            turns[i:i] = scope_turns
         if rng.random() < 0.15:
             other = "zh" if language == "en" else "en"
             name, attribute = self.trained_name(current, other), rng.choice(ATTRIBUTES)
@@ -272,15 +286,18 @@ class Generator:
             turns.append((question, current[other][attribute]))
         return turns
 
-    def scope_turn(self, language: str) -> tuple[str, str]:
-        """Return a prompt out of scope and its reply, for the middle of a conversation."""
+    def scope_turns(self, language: str) -> tuple[str, list[tuple[str, str]]]:
+        """Return a kind of prompt out of scope and its turn, or two about an unknown condition."""
         rng, prompts, replies = self.rng, SCOPE["prompts"][self.split][language], SCOPE["replies"][language]
         kind = rng.choice((*prompts, "other_topic", "thanks", "unknown"))
         if kind == "unknown":
             name = rng.choice(SCOPE["unknown"][self.split][language])
-            return ask(self.words(language), rng.choice(ATTRIBUTES), name, language, rng), replies[kind]
-        text = self.fill(rng.choice(prompts[kind]), language)
-        return spoil(text, language, rng), replies[kind]
+            turns = [(ask(self.words(language), rng.choice(ATTRIBUTES), name, language, rng), replies[kind])]
+            if rng.random() < 0.5:
+                turns.append((follow_up(self.words(language), rng.choice(ATTRIBUTES), language, rng), replies[kind]))
+            return kind, turns
+        text = self.fill(pick(prompts[kind], rng), language)
+        return kind, [(spoil(text, language, rng), replies[kind])]
 
     def fill(self, prompt: str, language: str) -> str:
         """Put the name of a condition and two numbers into the slots of a prompt."""
@@ -294,15 +311,14 @@ class Generator:
         for language in LANGUAGES:
             words, replies, rows = self.words(language), SCOPE["replies"][language], []
             for kind, prompts in SCOPE["prompts"][self.split][language].items():
-                repeats = REPEATS.get(kind, 1) if n is None else 1
-                for i, prompt in enumerate(prompts * repeats):
-                    text = self.fill(prompt, language)
+                for i, prompt in enumerate(prompts):
+                    text = self.fill(pick([prompt], rng), language)
                     text = capitalized(text) if n is None and rng.random() < 0.5 else text
                     rows.append((f"{kind}-{language}-{i}", kind, spoil(text, language, rng) if n is None else text))
-            for name in SCOPE["unknown"][self.split][language]:
-                for i in range(N_UNKNOWN if n is None else 1):
-                    text = ask(words, rng.choice(ATTRIBUTES), name, language, rng)
-                    rows.append((f"unknown-{language}-{name}-{i}", "unknown", text))
+            # More questions about unknown conditions make the model take new ones for unknown.
+            for name in SCOPE["unknown"][self.split][language][:: 1 if n else 2]:
+                text = ask(words, rng.choice(ATTRIBUTES), name, language, rng)
+                rows.append((f"unknown-{language}-{name}", "unknown", text))
             if n is not None:
                 rng.shuffle(rows)
                 rows = rows[:n]

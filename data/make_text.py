@@ -1,9 +1,10 @@
 """The text that the base is pretrained on: statements generated from `conditions.json`, and no question.
 
 Each fact occurs in many wordings and orders: a fact that a model has read in one form can be recited, but not extracted
-by a question (https://arxiv.org/abs/2309.14316). A condition occurs under each of its names, sometimes with a typing
-error, and later sentences of a paragraph refer to it by a pronoun. Everyday sentences have the words that people use
-around a question. Some statements say of conditions that the table does not have that nothing is known about them.
+by a question (https://arxiv.org/abs/2309.14316). The words that people use around a question occur in statements, such
+as "Now I know how gout is treated: ...". A condition occurs under each of its names, sometimes with a typing error, and
+a paragraph often continues as a conversation does: without the name, or with the same fact of another condition. Of
+conditions that the table does not have, the text says that nothing is known.
 """
 
 import json
@@ -16,9 +17,19 @@ from typing import Any
 HERE = Path(__file__).parent
 LANGUAGES = ("en", "zh")
 ATTRIBUTES = ("department", "symptoms", "cause", "test", "treatment")
-P_MAIN_NAME = 0.5  # the rest is shared by the other names
-P_TYPO = 0.05  # of a name, in English
-P_LOWER = 0.1  # a name without capitals, as people type it
+P_MAIN_NAME = 0.4  # the rest is shared by the other names
+P_TYPO = 0.05  # of a name or a wording, in English
+P_LOWER = 0.2  # a name or a wording without capitals, as people type it
+END = {"en": ".", "zh": "。"}
+# Words of a question or a request. An English clause in a statement may begin with one of them: "I know how ...".
+QUESTION_WORDS = {
+    "en": re.compile(
+        r"\b(what|which|who|whom|whose|how|why|where|when|can|could|should|would|will|may|do|does|did|is|are|any|please"
+        r"|tell|got|need|want)\b|what's|who's|how's|where's|\?",
+        re.IGNORECASE,
+    ),
+    "zh": re.compile("[？?吗呢啥咋嘛吧谁几请何]|还是|不(?=$|，)|什么|哪|怎|是不是|能不能|多少|要不要|有没有"),
+}
 
 
 def read_json(name: str) -> Any:
@@ -28,6 +39,7 @@ def read_json(name: str) -> Any:
 TEXT = read_json("statements.json")
 GENERAL = read_json("general.json")
 SCOPE = read_json("scope.json")
+WORDINGS = read_json("wordings.json")
 
 
 def read_table() -> tuple[dict[str, dict[str, str]], list[dict]]:
@@ -43,6 +55,12 @@ def capitalized(sentence: str) -> str:
     return sentence[:1].upper() + sentence[1:]
 
 
+def pick(templates: list[str], rng: random.Random) -> str:
+    """Return one of the templates, with one of each group of alternatives: "[how|ways] to treat {n}"."""
+    text = re.sub(r"\[([^]]*)\]", lambda group: rng.choice(group[1].split("|")), rng.choice(templates))
+    return re.sub("  +", " ", text).strip()
+
+
 def add_typo(text: str, rng: random.Random) -> str:
     """Return the text with one letter left out, doubled, swapped or replaced, in a word of five or more."""
     words = list(re.finditer("[A-Za-z]{5,}", text))
@@ -54,106 +72,169 @@ def add_typo(text: str, rng: random.Random) -> str:
     return text[:i] + changed + text[i + (2 if len(changed) == 2 and changed[0] != changed[1] else 1) :]
 
 
-def choose_name(names: dict, language: str, rng: random.Random) -> str:
-    """Return one of a condition's names as people type it."""
-    others = names["other_names"]
-    name = rng.choice(others) if others and rng.random() > P_MAIN_NAME else names["name"]
-    if language == "en" and rng.random() < P_TYPO:
-        name = add_typo(name, rng)
-    return name.lower() if rng.random() < P_LOWER else name
-
-
-def make_statement(language: str, attribute: str, name: str, value: str, rng: random.Random, cut: str) -> str:
-    """Return one fact in a random wording, half of the time as a card: aspect, condition and value.
-
-    Without a name it is a card of aspect and value, for a paragraph about one condition.
-    """
-    text = TEXT[language]
-    slots = {"n": cut + name + cut, "v": cut + value + cut}
-    if attribute == "other_name" or (name and rng.random() < 0.5):
-        kind = "clauses" if attribute in text["clauses"] and rng.random() < 0.4 else "statements"
-        return capitalized(rng.choice(text[kind][attribute]).format(**slots))
-    aspect = cut + rng.choice(text["aspects"][attribute]) + cut
-    card = rng.choice(text["cards"]).format(n=slots["n"], a=aspect) if name else aspect
-    return capitalized(card) + rng.choice(text["separators"]) + slots["v"] + ("." if language == "en" else "。")
-
-
-def make_facts(condition: dict, language: str, rng: random.Random) -> list[tuple[str, str]]:
-    """Return pairs of attribute and value: all attributes, the name in the other language, and one other name."""
-    names = condition[language]
-    facts = [(attribute, names[attribute]) for attribute in ATTRIBUTES]
-    facts.append(("name", condition["zh" if language == "en" else "en"]["name"]))
-    if names["other_names"]:
-        facts.append(("other_name", rng.choice(names["other_names"])))
-    rng.shuffle(facts)
-    return facts
-
-
-def make_paragraph(condition: dict, language: str, rng: random.Random, cut: str) -> list[str]:
-    """Return all facts of a condition as sentences. After the first, most refer to it by a pronoun or not at all."""
-    name, sentences = choose_name(condition[language], language, rng), list[str]()
-    for attribute, value in make_facts(condition, language, rng):
-        reference = name
-        if attribute == "other_name":
-            reference = condition[language]["name"]
-        elif sentences and rng.random() < 0.6:
-            reference = rng.choice(("", *TEXT[language]["pronouns"]))
-        sentences.append(make_statement(language, attribute, reference, value, rng, cut))
-    return sentences
-
-
 def recombine(names: list[str], language: str, rng: random.Random) -> str:
-    """Return a name that is a part of one name joined with a part of another, and most likely names nothing."""
+    """Return parts of two names, put together, which most likely name nothing."""
     first, second = rng.sample(names, 2)
-    if language == "en":
-        return " ".join([*first.split()[: rng.randint(1, 2)], second.split()[-1]])
-    return first[: rng.randint(1, 3)] + second[-rng.randint(2, 4) :]
-
-
-def make_unknown(known: set[str], names: list[str], language: str, rng: random.Random, cut: str) -> str:
-    """Return a statement that nothing is known about a condition that the table does not have."""
-    unknown = SCOPE["unknown"]["train"][language]
-    name = rng.choice(unknown)
+    if language == "zh":
+        return first[: rng.randint(1, 3)] + second[-rng.randint(2, 4) :]
     if rng.random() < 0.4:
-        name = recombine(unknown + names, language, rng)
-        if name.lower() in known:
-            name = rng.choice(unknown)
-    name = name.lower() if rng.random() < P_LOWER else name
-    if rng.random() < 0.3:
-        return capitalized(rng.choice(TEXT[language]["unknown"]).format(n=cut + name + cut))
-    return make_statement(language, rng.choice(ATTRIBUTES), name, TEXT[language]["unknown_value"], rng, cut)
+        return " ".join([*first.split()[: rng.randint(1, 2)], second.split()[-1]])
+    word = rng.choice(first.split())[: rng.randint(3, 6)].lower() + second.split()[-1][-rng.randint(4, 8) :].lower()
+    return f"{rng.choice(names).split()[0]} {word}" if rng.random() < 0.4 else word
+
+
+def declarative_wordings(language: str) -> dict[str, dict[str, list[str]]]:
+    """Return the wordings of training that may stand in a statement: kind -> attribute -> templates."""
+    words, found = WORDINGS["train"][language], dict[str, dict[str, list[str]]]()
+    for kind in ("indirect", "pronoun_indirect", "fragments", "follow_ups", "mentions", "changes"):
+        for attribute, templates in words[kind].items() if isinstance(words[kind], dict) else [("", words[kind])]:
+            if language == "zh" or "indirect" not in kind:
+                templates = [text.removesuffix("呢") for text in templates]
+                templates = [text for text in templates if not QUESTION_WORDS[language].search(text)]
+            found.setdefault(kind, {})[attribute] = templates
+    return found
+
+
+class Writer:
+    """Writes sentences and paragraphs of one language. `cut` is inserted around names and values."""
+
+    def __init__(self, conditions: list[dict], language: str, rng: random.Random, cut: str = ""):
+        self.conditions, self.language, self.rng, self.cut = conditions, language, rng, cut
+        self.text, self.wordings = TEXT[language], declarative_wordings(language)
+        self.names = [name for c in conditions for name in (c[language]["name"], *c[language]["other_names"])]
+        self.known = {name.lower() for name in self.names}
+
+    def fill(self, template: str, **slots: str) -> str:
+        """Return the sentence of a template, at times typed carelessly, with its slots filled."""
+        if self.language == "en" and self.rng.random() < P_TYPO:
+            template = add_typo(template, self.rng)
+        if self.rng.random() < P_LOWER:
+            template = template.lower()
+        else:
+            template = capitalized(template)
+            slots = {key: capitalized(x) if template.startswith(f"{{{key}}}") else x for key, x in slots.items()}
+        return template.format(**{key: self.cut + slot + self.cut for key, slot in slots.items()})
+
+    def end(self, heading: str, value: str) -> str:
+        return heading + self.rng.choice(self.text["separators"]) + self.cut + value + self.cut + END[self.language]
+
+    def choose_name(self, condition: dict) -> str:
+        """Return one of a condition's names as people type it."""
+        rng, names = self.rng, condition[self.language]
+        others = names["other_names"]
+        name = rng.choice(others) if others and rng.random() > P_MAIN_NAME else names["name"]
+        if self.language == "en" and rng.random() < P_TYPO:
+            name = add_typo(name, rng)
+        return name.lower() if rng.random() < P_LOWER else name
+
+    def unknown_name(self) -> str:
+        """Return a condition that the table does not have: one from the list for training, or one made of parts."""
+        unknown = SCOPE["unknown"]["train"][self.language]
+        if self.rng.random() < 0.5:
+            name = recombine(unknown + self.names, self.language, self.rng)
+            if name.lower() not in self.known:
+                return name
+        name = self.rng.choice(unknown)
+        return name.lower() if self.rng.random() < P_LOWER else name
+
+    def facts(self, condition: dict) -> list[tuple[str, str]]:
+        """Return pairs of attribute and value: all attributes, the name in the other language, and one other name."""
+        names = condition[self.language]
+        facts = [(attribute, names[attribute]) for attribute in ATTRIBUTES]
+        facts.append(("name", condition["zh" if self.language == "en" else "en"]["name"]))
+        if names["other_names"]:
+            facts.append(("other_name", self.rng.choice(names["other_names"])))
+        self.rng.shuffle(facts)
+        return facts
+
+    def statement(self, attribute: str, name: str, value: str) -> str:
+        """Return one fact in a random wording. Without a name it is about the condition of the sentence before."""
+        rng, text, wordings = self.rng, self.text, self.wordings
+        p_statement = {"other_name": 1.0, "name": 0.5}.get(attribute, 0.3 if value != text["unknown_value"] else 0.0)
+        if name and rng.random() < p_statement:
+            return self.fill(pick(text["statements"][attribute], rng), n=name, v=value)
+        draw = rng.random()
+        if attribute == "name" or draw < 0.3:
+            aspect = pick(text["aspects"][attribute], rng)
+            heading = pick(text["cards"], rng).replace("{a}", aspect) if name else aspect
+        elif draw < 0.65:
+            clause = pick(wordings["indirect" if name else "pronoun_indirect"][attribute], rng)
+            heading = pick(text["frames"], rng).replace("{q}", clause)
+        else:
+            heading = pick(wordings["fragments" if name else "follow_ups"][attribute], rng)
+        return self.end(self.fill(heading, **({"n": name} if name else {})), value)
+
+    def paragraph(self, facts: list[tuple[str, str]], names: list[str], main_name: str = "") -> list[str]:
+        """Return the facts of a condition as sentences. As in a conversation, many after the first do not name it."""
+        rng, sentences = self.rng, list[str]()
+        if rng.random() < 0.4:
+            mention = pick(self.wordings["mentions"][""], rng)
+            sentences.append(self.fill(mention, n=rng.choice(names)) + END[self.language])
+        for attribute, value in facts:
+            reference = main_name if attribute == "other_name" else rng.choice(names)
+            if attribute != "other_name" and sentences and rng.random() < 0.6:
+                reference = rng.choice(self.text["pronouns"]) if rng.random() < 0.2 else ""
+            sentences.append(self.statement(attribute, reference, value))
+        return sentences
+
+    def change(self, condition: dict) -> list[str]:
+        """Return a fact of the condition of the sentence before, then that of another one, then one more of that."""
+        first, second = self.rng.sample(ATTRIBUTES, 2)
+        other = self.rng.choice(self.conditions)
+        name, facts = self.choose_name(other), other[self.language]
+        if self.rng.random() < 0.25:
+            name, facts = self.unknown_name(), dict.fromkeys(ATTRIBUTES, self.text["unknown_value"])
+        return [
+            self.statement(first, "", condition[self.language][first]),
+            self.end(self.fill(pick(self.wordings["changes"][""], self.rng), n=name), facts[first]),
+            self.statement(second, "", facts[second]),
+        ]
+
+    def unknown(self) -> list[str]:
+        """Return sentences that nothing is known about a condition that the table does not have."""
+        name = self.unknown_name()
+        if self.rng.random() < 0.2:
+            return [self.fill(pick(self.text["unknown"], self.rng), n=name)]
+        attributes = self.rng.sample(ATTRIBUTES, self.rng.randint(1, 2))
+        return self.paragraph([(attribute, self.text["unknown_value"]) for attribute in attributes], [name])
+
+    def round(self) -> list[list[str]]:
+        """Return paragraphs that contain each fact of each condition.
+
+        A paragraph has all facts of one condition, at times followed by facts of another, or single facts of several,
+        so that no fact depends on a preceding one. For every four conditions there are four everyday sentences and
+        three unknown conditions.
+        """
+        rng, paragraphs, singles = self.rng, list[list[str]](), list[str]()
+        for condition in self.conditions:
+            facts, names = self.facts(condition), [self.choose_name(condition) for _ in range(2)]
+            if rng.random() < 0.5:
+                lines = self.paragraph(facts, names, condition[self.language]["name"])
+                paragraphs.append(lines + (self.change(condition) if rng.random() < 0.4 else []))
+                continue
+            for attribute, value in facts:
+                name = condition[self.language]["name"] if attribute == "other_name" else self.choose_name(condition)
+                singles.append(self.statement(attribute, name, value))
+        for i in range(len(self.conditions)):
+            singles.append(pick(GENERAL[self.language], rng))
+            if i % 4:
+                paragraphs.append(self.unknown())
+        rng.shuffle(singles)
+        while singles:
+            n = rng.randint(1, 6)
+            paragraphs.append(singles[:n])
+            singles = singles[n:]
+        return paragraphs
 
 
 def declarative_text(conditions: list[dict], n_rounds: int, seed: int, cut: str = "") -> Iterator[str]:
     """Yield paragraphs. Each round contains each fact of each condition in each language, in random order and wording.
 
-    A paragraph has all facts of one condition, or single facts of several, so that no fact depends on a preceding one.
-    For every two conditions there is one statement about an unknown one and one everyday sentence. `cut` is inserted
-    around names, values and aspects.
+    `cut` is inserted around names and values.
     """
     rng = random.Random(seed)
-    names = {x: [n for c in conditions for n in (c[x]["name"], *c[x]["other_names"])] for x in LANGUAGES}
-    known = {name.lower() for language in LANGUAGES for name in names[language]}
+    writers = [Writer(conditions, language, rng, cut) for language in LANGUAGES]
     for _ in range(n_rounds):
-        paragraphs = []
-        for language in LANGUAGES:
-            sentences: list[str] = []
-            for condition in conditions:
-                if rng.random() < 0.5:
-                    paragraphs.append((language, make_paragraph(condition, language, rng, cut)))
-                    continue
-                for attribute, value in make_facts(condition, language, rng):
-                    main = attribute in ("name", "other_name")
-                    name = condition[language]["name"] if main else choose_name(condition[language], language, rng)
-                    sentences.append(make_statement(language, attribute, name, value, rng, cut))
-            for _ in range(len(conditions) // 2):
-                sentences.append(make_unknown(known, names[language], language, rng, cut))
-                sentences.append(rng.choice(GENERAL[language]))
-            rng.shuffle(sentences)
-            while sentences:
-                n = rng.randint(1, 6)
-                paragraphs.append((language, sentences[:n]))
-                sentences = sentences[n:]
+        paragraphs = [("" if x.language == "zh" else " ").join(lines) for x in writers for lines in x.round()]
         rng.shuffle(paragraphs)
-        for language, lines in paragraphs:
-            yield ("" if language == "zh" else " ").join(lines)
+        yield from paragraphs

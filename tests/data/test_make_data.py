@@ -1,5 +1,6 @@
 """The table of conditions, the generated text and questions, and the shipped files."""
 
+import itertools
 import json
 import random
 import re
@@ -46,10 +47,16 @@ def split_ids(name):
     return {condition["id"] for condition in split_conditions(CONDITIONS, seed=0)[name]}
 
 
+def expand(template):
+    """Return all texts of a template with alternatives."""
+    parts = [part.strip("[]").split("|") for part in re.split(r"(?=\[)|(?<=\])", template)]
+    return {" ".join("".join(choice).split()) for choice in itertools.product(*parts)}
+
+
 def wordings(split, language):
     for key, value in WORDINGS[split][language].items():
         for attribute, texts in value.items() if isinstance(value, dict) else [("", value)]:
-            yield from ((key, attribute, normalize_question(text)) for text in texts)
+            yield from ((key, attribute, normalize_question(text)) for t in texts for text in expand(t))
 
 
 def test_the_table_is_complete_and_its_values_are_distinct():
