@@ -21,6 +21,9 @@ TARGETS = {
 # The default: experts in the MLP learn the facts of the training questions by heart, see data/README.md.
 ATTENTION = tuple(target for target, sublayer in TARGETS.items() if sublayer == "self_attn")
 
+# Forms of the frozen weights (ops/quantized.py).
+QUANTIZATIONS = ("none", "nf4", "nf4-double", "int8")
+
 TINY = 1e-30  # lower bound of values that must be above 0
 LARGEST = 2**31 - 1  # excludes infinity and sizes that are surely mistakes
 
@@ -44,6 +47,10 @@ def check_range(config: object, *names: str, low: float = 1, high: float = LARGE
         value = getattr(config, name)
         upper = f" and at most {high:g}" if high < LARGEST or value > high else ""
         check(low <= value <= high, f"{name} must be {lower}{upper}, got {value}")
+
+
+def check_quantization(name: str) -> None:
+    check(name in QUANTIZATIONS, f"quantize must be one of {', '.join(QUANTIZATIONS)}, got {name!r:.40}")
 
 
 @dataclass(frozen=True)
