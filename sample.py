@@ -20,7 +20,7 @@ from minidoctor.cli.device import choose_device, choose_dtype
 from minidoctor.cli.flags import add_flags, add_model_flags, from_flags
 from minidoctor.cli.main import run
 from minidoctor.config import SampleConfig, check
-from minidoctor.ops.compiled import compile_blocks
+from minidoctor.ops.compiled import compile_decoding
 from minidoctor.picture.page import write_page
 from minidoctor.picture.terminal import choose_sublayer
 
@@ -37,7 +37,7 @@ def parse_flags() -> argparse.Namespace:
     parser.add_argument("--show-routing", action="store_true", help="show the top-1 expert of each token")
     parser.add_argument("--page", metavar="FILE", help="HTML file for the routing of QUESTION and answer, replaced")
     parser.add_argument("--layer", type=int, help="layer of --show-routing (default: the last)")
-    parser.add_argument("--compile", action="store_true", help="compile the blocks (about 30 s, then faster decoding)")
+    parser.add_argument("--compile", action="store_true", help="compile decoding (about 30 s, then faster)")
     add_model_flags(parser)
     add_flags(parser, SampleConfig)
     args = parser.parse_args()
@@ -69,7 +69,7 @@ def main() -> None:
         config = replace(config, max_new_tokens=max(config.max_new_tokens, tokenizer.format.max_new_tokens))
     sublayer = choose_sublayer(model, args.layer) if args.show_routing else None
     if args.compile:
-        compile_blocks(model.model.layers)
+        config = replace(config, static_cache=compile_decoding(model))
     print(f"{args.base}: {tokenizer.note}\n{WARNING}", file=sys.stderr)
     if args.questions:
         try:

@@ -187,6 +187,7 @@ class SampleConfig:
     top_p: float = flag(1.0, "sample among the most probable tokens with total probability p")
     max_new_tokens: int = flag(256, "maximum length of an answer in tokens")
     seed: int = flag(0, "seed of the sampling")
+    static_cache: bool = False  # decode with fixed shapes, for a model compiled into CUDA graphs: ops/compiled.py
 
     def __post_init__(self) -> None:
         check_range(self, "temperature", "top_k", "seed", low=0)

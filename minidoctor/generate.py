@@ -4,6 +4,7 @@ Prompts of different lengths are padded on the right, and each row continues fro
 therefore gives every row of a batch the tokens that it would get in a batch of one, up to rounding.
 """
 
+import math
 from collections.abc import Collection, Iterator
 
 import torch
@@ -12,6 +13,8 @@ from torch import Tensor
 from minidoctor.config import TINY, SampleConfig, UserError
 from minidoctor.kv_cache import KVCache
 from minidoctor.model import Model
+
+STATIC_STEP = 256  # the size of a static cache is a multiple of this
 
 
 class NonFiniteLogits(UserError):
@@ -73,15 +76,24 @@ def generate(
     tokens = torch.tensor([p + [0] * (longest - len(p)) for p in prompts], device=device)  # (B, T)
     positions = [start + len(prompt) for prompt in prompts]  # the position that each row's next token gets
     ends = [min(position + config.max_new_tokens, limit) for position in positions]
+    size = max(ends)
+    if config.static_cache:  # few sizes, since each one needs a CUDA graph
+        size = min(math.ceil(size / STATIC_STEP) * STATIC_STEP, limit)
     if prefix:
-        cache = prefix.expand(model.config, len(prompts), max(ends))
+        cache = prefix.expand(model.config, len(prompts), size)
     else:
-        cache = KVCache(model.config, len(prompts), max(ends), model.lm_head.weight)
+        cache = KVCache(model.config, len(prompts), size, model.lm_head.weight)
     generator = torch.Generator().manual_seed(config.seed)
     running = [True] * len(prompts)
 
-    hidden, _ = model.hidden(tokens, start + torch.arange(longest, device=device).expand_as(tokens), cache)
+    # Rows of different lengths have different positions; the others continue the cache together.
+    ragged = len(set(positions)) > 1 or config.static_cache
+    steps = start + torch.arange(longest, device=device).expand_as(tokens) if ragged else None  # (B, T)
+
+    hidden, _ = model.hidden(tokens, steps, cache)
     logits = model.lm_head(hidden[torch.arange(len(prompts)), torch.tensor(positions) - start - 1])  # (B, V)
+    if config.static_cache:
+        cache.fix_shapes()
     while True:
         if not logits.amax(-1).isfinite().all():  # the maximum is NaN if any logit is
             raise NonFiniteLogits("the logits are not finite")
@@ -97,9 +109,9 @@ def generate(
         if not any(alive and p + 1 < end for alive, p, end in zip(running, positions, ends, strict=True)):
             return
         # A row that has ended is computed on, at most at the last position of the cache; its tokens are not returned.
-        clipped = torch.tensor([[min(p, max(ends) - 1)] for p in positions], device=device)  # (B, 1)
-        hidden, _ = model.hidden(next_tokens[:, None], clipped, cache)  # (B, 1, D)
-        logits = model.lm_head(hidden[:, -1])  # (B, V)
+        if ragged:
+            steps = torch.tensor([[min(p, max(ends) - 1)] for p in positions], device=device)  # (B, 1)
+        logits = model(next_tokens[:, None], steps, cache)[0][:, -1]  # (B, V)
         positions = [p + 1 for p in positions]
 
 

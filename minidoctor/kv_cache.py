@@ -5,6 +5,7 @@ lengths are padded on the right. Tokens generated later overwrite the padding; b
 padding, which has greater positions than every token of its row.
 """
 
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -14,7 +15,7 @@ from minidoctor.config import ModelConfig
 
 
 class LayerCache(NamedTuple):
-    """Keys and values of one layer, as views into a KVCache."""
+    """Keys and values of one layer."""
 
     keys: Tensor  # (B, G, S, C)
     values: Tensor  # (B, G, S, C)
@@ -28,20 +29,30 @@ class KVCache:
     """The cache of all layers, with the number of positions in use."""
 
     def __init__(self, config: ModelConfig, batch_size: int, max_seq_len: int, like: Tensor):
-        shape = (config.n_layers, batch_size, config.n_kv_heads, max_seq_len, config.head_dim)
-        self.keys, self.values = (torch.zeros(shape, dtype=like.dtype, device=like.device) for _ in range(2))
+        shape = (batch_size, config.n_kv_heads, max_seq_len, config.head_dim)  # (B, G, S, C)
+        self.layers = [LayerCache(*(like.new_zeros(shape) for _ in range(2))) for _ in range(config.n_layers)]
+        self.size = max_seq_len
         self.length = 0  # positions in use by the longest row; attention covers only these
+        self.rotary: tuple[Tensor, Tensor] | None = None  # (1, 1, S, C), computed at the first use
 
     def reserve(self, n_rows: int, n_tokens: int) -> list[LayerCache]:
         """Count n_tokens more positions as in use, at most all, and return the first n_rows rows for each layer."""
-        self.length = min(self.length + n_tokens, self.keys.shape[3])
-        keys, values = (stored[:, :n_rows, :, : self.length] for stored in (self.keys, self.values))
-        return [LayerCache(*layer) for layer in zip(keys.unbind(), values.unbind(), strict=True)]
+        self.length = min(self.length + n_tokens, self.size)
+        return [LayerCache(*(stored[:n_rows, :, : self.length] for stored in layer)) for layer in self.layers]
+
+    def fix_shapes(self) -> None:
+        """Let attention cover all positions from now on, so that the shapes no longer depend on the length.
+
+        The tokens then need a mask, which they have if their positions are given.
+        """
+        self.length = self.size
+        for stored in chain.from_iterable(self.layers):
+            torch._dynamo.mark_static_address(stored)  # a CUDA graph writes into it and does not copy it
 
     def expand(self, config: ModelConfig, batch_size: int, max_seq_len: int) -> "KVCache":
         """Return a larger cache in which every row starts with this cache's only row."""
-        cache = KVCache(config, batch_size, max_seq_len, self.keys)
+        cache = KVCache(config, batch_size, max_seq_len, self.layers[0].keys)
         cache.length = self.length
-        cache.keys[:, :, :, : self.length] = self.keys[:, :, :, : self.length]
-        cache.values[:, :, :, : self.length] = self.values[:, :, :, : self.length]
+        for target, source in zip(chain.from_iterable(cache.layers), chain.from_iterable(self.layers), strict=True):
+            target[:, :, : self.length] = source[:, :, : self.length]
         return cache

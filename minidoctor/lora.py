@@ -37,8 +37,11 @@ class LoRAExperts(Linear):
         # B = 0 makes every update 0 at step 0, so training starts from exactly the pretrained model.
         self.lora_b = nn.Parameter(torch.zeros(d_out, n_experts * rank, device="cpu"))
 
-    def forward(self, x: Tensor, gates: Tensor | None = None) -> Tensor:
-        """(B, T, D_in) and gates (B, T, E) -> (B, T, D_out). Without gates every expert has gate 1 (plain LoRA)."""
+    def forward(self, x: Tensor, gates: Tensor | None = None, frozen: Tensor | None = None) -> Tensor:
+        """(B, T, D_in) and gates (B, T, E) -> (B, T, D_out). Without gates every expert has gate 1 (plain LoRA).
+
+        `frozen` (B, T, D_out) is the product of the frozen layer, if it is already computed, and is overwritten.
+        """
         # The parameters stay in float32 for the optimizer and are cast to the dtype of x at use.
         lora_a, lora_b = self.lora_a.to(x.dtype), self.lora_b.to(x.dtype)
         rows = x.flatten(0, -2)  # (N, D_in)
@@ -48,5 +51,6 @@ class LoRAExperts(Linear):
             hidden = (hidden.unflatten(-1, (-1, self.rank)) * gates).flatten(-2)  # (N, E*R)
         # Added in place to an output that the backward pass does not need: a separate (N, D_out) update would be
         # written and read again.
-        y = super().forward(rows).addmm_(hidden, lora_b.T, alpha=self.scale)  # (N, D_out)
+        y = super().forward(rows) if frozen is None else frozen.flatten(0, -2)
+        y.addmm_(hidden, lora_b.T, alpha=self.scale)  # (N, D_out)
         return y.unflatten(0, x.shape[:-1])  # (B, T, D_out)

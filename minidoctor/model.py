@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from minidoctor.config import TARGETS, AdapterConfig, ModelConfig
 from minidoctor.kv_cache import KVCache, LayerCache
 from minidoctor.lora import LoRAExperts
-from minidoctor.ops.linear import Linear
+from minidoctor.ops.linear import Linear, joined_product
 from minidoctor.ops.precision import at_least_float32
 from minidoctor.router import Router, Routing
 
@@ -68,6 +68,17 @@ def rotary_table(positions: Tensor, frequencies: Tensor, dtype: torch.dtype) -> 
     return torch.cat([cos, cos], dim=-1).to(dtype), torch.cat([-sin, sin], dim=-1).to(dtype)  # (B, 1, T, C)
 
 
+def rotary_lookup(config: ModelConfig, positions: Tensor, like: Tensor, cache: KVCache | None) -> tuple[Tensor, Tensor]:
+    """Return the rotary table of the positions, in the dtype of `like`. A cache keeps that of all its positions."""
+    if cache is None:
+        return rotary_table(positions, rotary_frequencies(config, like.device), like.dtype)
+    if cache.rotary is None:
+        all_positions = torch.arange(cache.size, device=like.device)[None]  # (1, S)
+        cache.rotary = rotary_lookup(config, all_positions, like, None)
+    cos, sin = (table[0, 0, positions].unsqueeze(1) for table in cache.rotary)
+    return cos, sin  # (B, 1, T, C)
+
+
 def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
     """(B, H, T, C) -> same. Hugging Face checkpoints pair dimension i with i + C/2, not with i + 1."""
     cos, sin = rotary
@@ -89,30 +100,35 @@ class PositionInfo(NamedTuple):
     """Rotary table, attention mask and cache index of the tokens, computed once for all layers."""
 
     rotary: tuple[Tensor, Tensor] | None  # cosines and signed sines (B, 1, T, C); None: ALiBi
-    mask: Tensor | None  # (B, 1, T, S), 0 or -inf, or (B, H, T, S) with the ALiBi bias; None: plain causal
+    mask: Tensor | None  # (B, 1, T, S), 0 or -inf, or (B, H, T, S) with the ALiBi bias; None: causal, or T = 1
     cache_index: Tensor | None  # (B, G, T, C), position of each token in the cache
 
 
-def position_info(config: ModelConfig, positions: Tensor, dtype: torch.dtype, cache_length: int | None) -> PositionInfo:
-    """Return the PositionInfo of tokens at `positions` (B, T); `cache_length` is S, or None without a cache."""
-    n_rows, n_tokens = positions.shape
+def position_info(config: ModelConfig, x: Tensor, positions: Tensor | None, cache: KVCache | None) -> PositionInfo:
+    """Return the PositionInfo of x (B, T, D), for which the cache has reserved its last T positions.
+
+    Without `positions` (B, T) every row has these or, without a cache, 0 ... T-1. The first dimension is then 1.
+    """
+    n_rows, n_tokens = x.shape[:2]
+    n_keys = cache.length if cache else n_tokens  # S
+    all_keys = positions is None and n_tokens in (1, n_keys)  # the tokens attend to all keys that are not after them
+    if positions is None:
+        positions = torch.arange(n_keys - n_tokens, n_keys, device=x.device)[None]  # (1, T)
     rotary = mask = cache_index = None
     if not config.alibi:
-        rotary = rotary_table(positions, rotary_frequencies(config, positions.device), dtype)
-    if cache_length is not None or config.alibi or 0 < config.window < n_tokens:
-        key_positions = torch.arange(
-            n_tokens if cache_length is None else cache_length, device=positions.device
-        )  # (S,)
+        rotary = rotary_lookup(config, positions, x, cache)
+    if (cache and not all_keys) or config.alibi or 0 < config.window < n_keys:
+        key_positions = torch.arange(n_keys, device=x.device)  # (S,)
         query_positions = positions[:, None, :, None]  # (B, 1, T, 1)
         excluded = key_positions > query_positions  # (B, 1, T, S)
         if config.window:
             excluded |= key_positions <= query_positions - config.window
-        mask = torch.zeros_like(excluded, dtype=dtype)
+        mask = torch.zeros_like(excluded, dtype=x.dtype)
         if config.alibi:
-            slopes = alibi_slopes(config.n_heads, positions.device)[:, None, None]  # (H, 1, 1)
-            mask = (slopes * (key_positions - query_positions)).to(dtype)  # (B, H, T, S)
+            slopes = alibi_slopes(config.n_heads, x.device)[:, None, None]  # (H, 1, 1)
+            mask = (slopes * (key_positions - query_positions)).to(x.dtype)  # (B, H, T, S)
         mask = mask.masked_fill(excluded, -torch.inf)  # (B, 1 or H, T, S)
-    if cache_length is not None:
+    if cache:
         cache_index = positions[:, None, :, None].expand(n_rows, config.n_kv_heads, n_tokens, config.head_dim)
     return PositionInfo(rotary, mask, cache_index)
 
@@ -133,6 +149,15 @@ def make_router(dim: int, sublayer: str, adapter: AdapterConfig | None) -> Route
 def project(layer: Linear, x: Tensor, routing: Routing | None) -> Tensor:
     """Apply a linear layer, with the gates of the routing if it has experts."""
     return layer(x, routing.gates) if isinstance(layer, LoRAExperts) and routing else layer(x)
+
+
+def project_all(layers: list[Linear], x: Tensor, routing: Routing | None) -> list[Tensor]:
+    """Apply linear layers to the same input, with one frozen product if they are joined."""
+    products = joined_product(layers, x)  # (B, T, D_out) of each layer
+    if products is None:
+        return [project(layer, x, routing) for layer in layers]
+    gates, pairs = routing.gates if routing else None, zip(layers, products, strict=True)
+    return [layer(x, gates, y) if isinstance(layer, LoRAExperts) else y for layer, y in pairs]
 
 
 class Attention(nn.Module):
@@ -157,16 +182,16 @@ class Attention(nn.Module):
         """(B, T, D) -> (B, T, D) and the routing."""
         routing = self.router(x) if self.router else None
         q, k, v = (
-            project(layer, x, routing).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-            for layer in (self.q_proj, self.k_proj, self.v_proj)
+            projected.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for projected in project_all([self.q_proj, self.k_proj, self.v_proj], x, routing)
         )  # (B, H, T, C), (B, G, T, C), (B, G, T, C)
         q, k = self.q_norm(q), self.k_norm(k)
         if info.rotary:
             q, k = rotate(q, info.rotary), rotate(k, info.rotary)
         if cache and info.cache_index is not None:
             k, v = cache.append(k, v, info.cache_index)  # (B, G, S, C)
-        mask = info.mask
-        out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=True)  # (B, H, T, C)
+        causal = info.mask is None and q.shape[2] > 1
+        out = F.scaled_dot_product_attention(q, k, v, info.mask, is_causal=causal, enable_gqa=True)  # (B, H, T, C)
         return project(self.o_proj, out.transpose(1, 2).flatten(2), routing), routing  # (B, T, D)
 
 
@@ -183,8 +208,8 @@ class FeedForward(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Routing | None]:
         """(B, T, D) -> (B, T, D) and the routing."""
         routing = self.router(x) if self.router else None
-        hidden = F.silu(project(self.gate_proj, x, routing)) * project(self.up_proj, x, routing)  # (B, T, F)
-        return project(self.down_proj, hidden, routing), routing  # (B, T, D)
+        gate, up = project_all([self.gate_proj, self.up_proj], x, routing)  # (B, T, F)
+        return project(self.down_proj, F.silu(gate) * up, routing), routing  # (B, T, D)
 
 
 class Block(nn.Module):
@@ -237,15 +262,12 @@ class Model(nn.Module):
     ) -> tuple[Tensor, list[Routing]]:
         """Return the input of `lm_head` (B, T, D) for tokens (B, T), and one routing per sublayer with experts.
 
-        `positions` (B, T) are the tokens' positions in their rows, by default 0 ... T-1. With `recompute` only the
-        input of each block is saved for the backward pass (activation checkpointing).
+        `positions` (B, T) are the tokens' positions in their rows, by default the next ones of the cache, or 0 ... T-1.
+        With `recompute` only the input of each block is saved for the backward pass (activation checkpointing).
         """
-        if positions is None:
-            positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)  # (B, T)
         x = self.model.embed_tokens(tokens)  # (B, T, D)
         layer_caches = [None] * self.config.n_layers if cache is None else cache.reserve(*tokens.shape)
-        # After `reserve`, which counts the new positions into the length.
-        info = position_info(self.config, positions, x.dtype, None if cache is None else cache.length)
+        info = position_info(self.config, x, positions, cache)  # after `reserve`, which counts the new positions
         routings: list[Routing] = []
         for block, layer_cache in zip(self.model.layers, layer_caches, strict=True):
             if recompute:

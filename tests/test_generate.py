@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from minidoctor.config import SampleConfig
 from minidoctor.generate import complete, filter_logits, generate, prefill, sample_token
@@ -58,6 +59,28 @@ def test_ended_rows_do_not_change_the_others(adapted):
     expected = [plain_greedy(adapted, prompt, 20, stop_ids) for prompt in PROMPTS]
     assert len({len(tokens) for tokens in expected}) > 1
     assert decode(adapted, PROMPTS, make_sampling(20), stop_ids) == expected
+
+
+@pytest.mark.parametrize("window", [0, 4])
+@pytest.mark.parametrize("prompts", [PROMPTS, PROMPTS[:1]], ids=["ragged", "one row"])
+def test_static_cache_gives_the_same_tokens_with_one_shape(adapted, prompts, window, monkeypatch):
+    monkeypatch.setattr(adapted, "config", replace(adapted.config, window=window, max_seq_len=300))
+    shapes, attend = [], F.scaled_dot_product_attention
+
+    def record(q, k, *args, **kwargs):
+        shapes.append((q.shape[2], k.shape[2]))
+        return attend(q, k, *args, **kwargs)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", record)
+    decoded = []
+    for static_cache in (False, True):
+        shapes.clear()
+        prefix = prefill(adapted, [1, 9, 30])
+        config = make_sampling(12, static_cache=static_cache)
+        decoded.append([decode(adapted, prompts, config), decode(adapted, prompts, config, prefix=prefix)])
+        sizes = {n_keys for n_tokens, n_keys in shapes if n_tokens == 1}
+        assert (sizes == {256}) == static_cache
+    assert decoded[0] == decoded[1]
 
 
 def test_a_stop_token_ends_a_row_and_is_not_returned(model):
@@ -120,15 +143,13 @@ def test_sampled_tokens_after_a_prefill_equal_those_after_whole_prompts(model):
 
 def test_a_prefix_is_not_changed_by_its_continuations(adapted):
     prefix = prefill(adapted, PREFIX)
-    keys, values = prefix.keys.clone(), prefix.values.clone()
+    stored = [tensor.clone() for layer in prefix.layers for tensor in layer]
     first = decode(adapted, PROMPTS, make_sampling(20), prefix=prefix)
     assert decode(adapted, PROMPTS[::-1], make_sampling(20), prefix=prefix) == first[::-1]
-    assert (prefix.length, prefix.keys.shape[1]) == (len(PREFIX), 1)
-    assert torch.equal(prefix.keys, keys)
-    assert torch.equal(prefix.values, values)
+    assert (prefix.length, len(stored[0])) == (len(PREFIX), 1)
+    assert all(map(torch.equal, (tensor for layer in prefix.layers for tensor in layer), stored))
     whole = prefill(adapted, PREFIX + PROMPTS[1])  # a longer prefix begins with the same keys and values
-    torch.testing.assert_close(whole.keys[:, :, :, : len(PREFIX)], keys)
-    torch.testing.assert_close(whole.values[:, :, :, : len(PREFIX)], values)
+    torch.testing.assert_close([tensor[:, :, : len(PREFIX)] for layer in whole.layers for tensor in layer], stored)
 
 
 def test_the_context_limit_counts_the_prefix(model):

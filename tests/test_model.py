@@ -10,6 +10,7 @@ import torch
 from paths import FIXTURES
 from torch import nn
 
+import minidoctor.model as model_module
 from minidoctor.checkpoints.hugging_face import load_model, read_stored, save_model
 from minidoctor.config import AdapterConfig, ModelConfig, SampleConfig
 from minidoctor.files.safetensors import read_tensors
@@ -27,7 +28,8 @@ from minidoctor.model import (
     rotate,
     trainable_parameters,
 )
-from minidoctor.ops.compiled import compile_blocks
+from minidoctor.ops.compiled import compile_blocks, compile_decoding
+from minidoctor.ops.linear import join_projections
 
 TINY = ModelConfig(vocab_size=50, dim=32, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=8, ffn_dim=48)
 EVERYWHERE = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -64,15 +66,54 @@ def test_logits_of_every_family_equal_an_independent_implementation(family):
         torch.testing.assert_close(ours[: len(theirs)], theirs)
 
 
+@pytest.mark.parametrize("joined", [False, True])
+@pytest.mark.parametrize("given", [False, True], ids=["default positions", "positions"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_cached_logits_of_every_family_equal_an_independent_implementation(family):
+def test_cached_logits_of_every_family_equal_an_independent_implementation(family, given, joined):
     model, expected = load_model(MODELS / family), prompts_and_logits(family)
+    if joined:
+        join_projections(model)
     for tokens, theirs, _ in expected:
         cache = KVCache(model.config, 1, len(tokens), model.lm_head.weight)
-        for first, last in [(0, 4), *((i, i + 1) for i in range(4, len(tokens)))]:
+        for first, last in [(0, 3), (3, 5), *((i, i + 1) for i in range(5, len(tokens)))]:
+            positions = torch.arange(first, last)[None] if given else None
             with torch.no_grad():
-                logits, _ = model(tokens[None, first:last], torch.arange(first, last)[None], cache)
+                logits, _ = model(tokens[None, first:last], positions, cache)
             torch.testing.assert_close(logits[0], theirs[first:last])
+
+
+def test_joined_projections_with_experts_equal_separate_ones():
+    model, tokens = tiny_model(AdapterConfig(n_experts=4, routing_dim=8, targets=EVERYWHERE)), torch.randint(50, (2, 9))
+    seed, results = torch.randn(2, 9, 50), []
+    for joined in (False, True):
+        if joined:
+            join_projections(model)
+            assert model.model.layers[0].mlp.up_proj.joined is not None
+        with torch.no_grad():
+            inferred = model(tokens)[0]
+        gradients = torch.autograd.grad(model(tokens)[0], list(trainable_parameters(model).values()), seed)
+        results.append([inferred, *gradients])
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("window", [0, 4])
+def test_mask_exists_only_where_a_key_is_excluded(window):
+    config, x = replace(TINY, window=window), torch.zeros(2, 3, TINY.dim)
+    cache = KVCache(config, 2, 9, x)
+    masked = [position_info(config, x, None, None).mask is not None]
+    for n, positions in ((3, None), (1, None), (1, None), (2, None), (1, torch.full((2, 1), 7))):
+        cache.reserve(2, n)
+        masked.append(position_info(config, x[:, :n], positions, cache).mask is not None)
+    assert masked == [False, False, False, window > 0, True, True]
+
+
+def test_rotary_table_is_computed_once_per_cache(monkeypatch):
+    model, tables = tiny_model(), []
+    monkeypatch.setattr(model_module, "rotary_table", lambda *args: tables.append(args) or rotary_table(*args))
+    list(generate(model, [[1, 2, 3]], SampleConfig(max_new_tokens=6), ()))
+    assert len(tables) == 1
+    list(generate(model, [[1, 2, 3], [4]], SampleConfig(max_new_tokens=6), ()))
+    assert len(tables) == 2
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -235,6 +276,22 @@ def test_compiled_blocks_give_the_same_results():
         assert decoded[0] == decoded[1]
 
 
+@pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler")
+def test_compiled_step_with_a_static_cache_gives_the_same_tokens():
+    plain = tiny_model(AdapterConfig(4, 2, 2, targets=EVERYWHERE, routing_dim=8))
+    compiled = deepcopy(plain)
+    compiled.compile(mode="reduce-overhead", fullgraph=True)  # as compile_decoding does on a GPU
+    for prompts in ([[4, 8, 15], [16, 23, 42, 7, 9]], [[4, 8, 15]]):
+        decoded = [
+            list(generate(model, prompts, SampleConfig(max_new_tokens=6, static_cache=model is compiled), ()))
+            for model in (plain, compiled)
+        ]
+        assert decoded[0] == decoded[1]
+    frames = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    list(generate(compiled, [[5, 3]], SampleConfig(max_new_tokens=9, static_cache=True), ()))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == frames > 0
+
+
 def test_compile_reports_a_machine_without_compiler(monkeypatch):
     def broken(*_):
         raise RuntimeError("no compiler\nand more lines")
@@ -261,13 +318,18 @@ def test_forward_and_cached_decoding_run_on_the_meta_device(family):
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_compiled_decoding_on_a_gpu_equals_eager_decoding():
+@pytest.mark.parametrize("graphs", [False, True], ids=["blocks", "CUDA graphs"])
+def test_compiled_decoding_on_a_gpu_equals_eager_decoding(graphs):
     plain = tiny_model(AdapterConfig(4, 2, 2, targets=EVERYWHERE, routing_dim=8)).to("cuda")
     compiled = deepcopy(plain)
-    compile_blocks(compiled.model.layers)
-    config = SampleConfig(max_new_tokens=12)
-    for prompts in ([[4, 8, 15], [16, 23, 42, 7, 9]], [[4, 8, 15]]):
-        decoded = [list(generate(model, prompts, config, ())) for model in (plain, compiled)]
+    if graphs:
+        assert compile_decoding(compiled)
+    else:
+        compile_blocks(compiled.model.layers)
+    for prompts in ([[4, 8, 15], [16, 23, 42, 7, 9]], [[4, 8, 15]], [[3, 5]]):
+        configs = [SampleConfig(max_new_tokens=12, static_cache=static) for static in (False, graphs)]
+        models = zip((plain, compiled), configs, strict=True)
+        decoded = [list(generate(model, prompts, config, ())) for model, config in models]
         assert decoded[0] == decoded[1]
 
 
@@ -294,7 +356,7 @@ def test_alibi_attention_equals_a_loop_over_heads_and_queries(n_heads):
     block = model.model.layers[0]
     with torch.no_grad():
         x = block.input_layernorm(model.model.embed_tokens(tokens))
-        ours, routing = block.self_attn(x, position_info(model.config, torch.arange(15)[None], x.dtype, None), None)
+        ours, routing = block.self_attn(x, position_info(model.config, x, None, None), None)
         layers = (block.self_attn.q_proj, block.self_attn.k_proj, block.self_attn.v_proj)
         q, k, v = (project(layer, x, routing)[0].unflatten(-1, (n_heads, -1)) for layer in layers)
         slopes, rows = alibi_slopes(n_heads, torch.device("cpu")), []

@@ -28,9 +28,11 @@ def add_model_flags(parser: argparse.ArgumentParser, *names: str) -> None:
 
 
 def add_flags(parser: argparse.ArgumentParser, config: type) -> None:
-    """Add one flag per field of a dataclass. A flag that the user does not pass is absent from the namespace."""
+    """Add a flag for each field with a help text. A flag that the user does not pass is absent from the namespace."""
     types = get_type_hints(config)
     for field in dataclasses.fields(config):
+        if "help" not in field.metadata:
+            continue
         name, kind = "--" + field.name.replace("_", "-"), types[field.name]
         default = ",".join(field.default) if isinstance(field.default, tuple) else repr(field.default)
         text = field.metadata["help"] + ("" if kind is bool else f" (default {default})")

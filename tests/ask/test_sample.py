@@ -59,9 +59,18 @@ def test_reasoning_models_have_a_higher_default_limit_of_tokens(monkeypatch, ask
     assert [config.max_new_tokens for config in limits] == [SampleConfig.max_new_tokens, 2048, 7]
 
 
+def test_cache_is_static_if_the_compiled_model_needs_it(monkeypatch, ask, base_dir):
+    configs = []
+    monkeypatch.setattr(sample, "reply", lambda model, tokenizer, messages, config, _: configs.append(config) or "")
+    for static in (False, True):
+        monkeypatch.setattr(sample, "compile_decoding", lambda _, static=static: static)
+        ask("gout?", "--base", base_dir, "--compile")
+    assert [config.static_cache for config in configs] == [False, True]
+
+
 def test_compile_compiles_the_model_before_it_answers(ask, base_dir, answer, monkeypatch):
     compiled = []
-    monkeypatch.setattr(sample, "compile_blocks", compiled.append)
+    monkeypatch.setattr(sample, "compile_decoding", lambda model: compiled.append(model) or False)
     _, out, _ = ask("gout?", "--base", base_dir, "--compile", "--max-new-tokens", 8)
     assert len(compiled) == 1
     assert out == printable(answer("gout?")) + "\n"
