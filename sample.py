@@ -64,7 +64,9 @@ def main() -> None:
     if args.questions:  # before the model is loaded, which can take minutes
         out, questions = Path(args.out), read_question_file(Path(args.questions))
         n_answered = count_answered(out, questions, args.resume)
-    model, tokenizer = load(args.base, args.adapter, dtype, device, args.chat_format, not args.raw, args.thinking)
+    # Compiled, a single row of int8 products is faster than packed; packed, several rows are.
+    settings = args.chat_format, not args.raw, args.thinking, args.quantize, bool(args.questions) or not args.compile
+    model, tokenizer = load(args.base, args.adapter, dtype, device, *settings)
     if tokenizer.format and not args.raw and "max_new_tokens" not in args:  # reasoning needs more
         config = replace(config, max_new_tokens=max(config.max_new_tokens, tokenizer.format.max_new_tokens))
     sublayer = choose_sublayer(model, args.layer) if args.show_routing else None

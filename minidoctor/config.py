@@ -161,6 +161,7 @@ class TrainConfig:
     seed: int = flag(0, "seed of all random draws")
     device: str = flag("auto", "auto, cpu, cuda or mps")
     dtype: str = flag("auto", "dtype of the frozen base: auto (bfloat16 on a GPU that has it), float32, bfloat16")
+    quantize: str = flag("none", f"form of the frozen linear layers: {', '.join(QUANTIZATIONS)}")
     chat_format: str = flag("auto", "chat format (auto: the format that the checkpoint was trained in)")
     resume: bool = flag(
         False, "continue the run in --out; only --accumulate, --recompute, --shard and --compile may differ from it"
@@ -174,6 +175,8 @@ class TrainConfig:
         check_range(self, "weight_decay", "balance_weight", "contrast_weight", low=0)
         check_range(self, "warmup", "contrast_warmup", "seed", low=0)
         check(not (self.shard and self.compile), "shard and compile exclude each other")
+        check_quantization(self.quantize)
+        check(not self.shard or self.quantize == "none", "shard and quantize exclude each other")
         share, capacity = self.queue_share, self.queue_capacity
         check(share <= capacity, f"queue_share must be at most queue_capacity={capacity}, got {share}")
 

@@ -95,7 +95,8 @@ def compute_losses(
     device = model.lm_head.weight.device
     batch, anchors = batch.to(device), anchors.to(device, non_blocking=True)
     hidden, routings = model.hidden(batch.tokens, recompute=config.recompute)  # (B, T, D), L routings
-    terms = {"lm": language_model_loss(hidden, model.lm_head.weight, batch.targets, batch.answer_positions)}
+    head = model.lm_head.dense_weight(hidden.dtype)  # (V, D)
+    terms = {"lm": language_model_loss(hidden, head, batch.targets, batch.answer_positions)}
     if not routings:
         return Losses(terms, [], None, None)
     balance = [load_balance_loss(r.probs, r.expert_ids, batch.attention_mask, all_reduce) for r in routings]

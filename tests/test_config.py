@@ -35,6 +35,8 @@ SHAPE = {
         (TrainConfig, {"queue_share": 65}, "queue_share must be at most queue_capacity=64, got 65"),
         (TrainConfig, {"max_seq_len": 1}, "max_seq_len must be at least 2, got 1"),
         (TrainConfig, {"seed": -1}, "seed must be at least 0, got -1"),
+        (TrainConfig, {"quantize": "int4"}, "quantize must be one of none, nf4, nf4-double, int8, got 'int4'"),
+        (TrainConfig, {"quantize": "nf4", "shard": True}, "shard and quantize exclude each other"),
         (SampleConfig, {"temperature": -0.5}, "temperature must be at least 0, got -0.5"),
         (
             SampleConfig,

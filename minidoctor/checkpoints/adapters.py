@@ -8,6 +8,7 @@ A directory in the layout of the package `peft` is an adapter too. Other files o
 
 import dataclasses
 import os
+import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +25,8 @@ from minidoctor.files.json_files import from_json, read_object, write_json
 from minidoctor.files.pytorch_bin import read_entries
 from minidoctor.files.safetensors import read_tensors
 from minidoctor.model import Model, adapter_state
+from minidoctor.ops.int8_product import pack_int8
+from minidoctor.ops.linear import join_projections
 from minidoctor.text.tokenizer import Tokenizer, load_tokenizer
 
 CONFIG, ADAPTER = "adapter_config.json", "adapter.safetensors"
@@ -36,10 +39,14 @@ def has_adapter(directory: str | Path) -> bool:
     return any(os.path.lexists(Path(directory) / name) for name in ADAPTER_FILES)
 
 
-def save_adapter_config(out: Path, base: str, adapter: AdapterConfig, chat_format: str = "auto") -> None:
+def save_adapter_config(
+    out: Path, base: str, adapter: AdapterConfig, chat_format: str = "auto", quantize: str = "none"
+) -> None:
     out.mkdir(parents=True, exist_ok=True)
     base_fields = dataclasses.asdict(read_model_config(base))
     trained_on = {"name": Path(base).resolve().name, "model": base_fields, "checkpoint_hash": checkpoint_hash(base)}
+    if quantize != "none":
+        trained_on["quantize"] = quantize
     write_json(out / CONFIG, {"base": trained_on, "adapter": dataclasses.asdict(adapter), "chat_format": chat_format})
 
 
@@ -66,18 +73,19 @@ def load_adapted_model(
     directory: str | Path,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
+    quantize: str = "none",
 ) -> Model:
     """Load a base with trained experts, or with a plain LoRA of the package `peft`, in eval mode.
 
-    Raises FileNotFoundError or UserError.
+    The base may be quantized differently than in training. Raises FileNotFoundError or UserError.
     """
     directory, base = follow_snapshot(directory), follow_snapshot(base)
     if peft.is_peft(directory):
         peft.check_base(directory, base)
-        model = load_model(base, dtype, device, peft.read_peft_config(directory))
+        model = load_model(base, dtype, device, peft.read_peft_config(directory), quantize)
         load_into(adapter_state(model), peft.weights_file(directory), peft.from_peft_name)
     else:
-        model = load_model(base, dtype, device, read_adapter_config(directory, base))
+        model = load_model(base, dtype, device, read_adapter_config(directory, base), quantize)
         load_into(adapter_state(model), directory / ADAPTER)
     return model
 
@@ -113,8 +121,13 @@ def load(
     chat_format: str = "auto",
     chats: bool = True,
     thinking: bool = False,
+    quantize: str = "none",
+    pack_blocks: bool = True,
 ) -> tuple[Model, Tokenizer]:
-    """Load a base, with an adapter if there is one, and its tokenizer.
+    """Load a base, with an adapter if there is one, and its tokenizer, for inference.
+
+    On a CPU, int8 weights are packed for fast products. Those of blocks that are compiled for batches of one must not
+    be (`pack_blocks`).
 
     With "auto" the chat format is that of the adapter's training, or that of the base. `thinking` as in
     `load_tokenizer`. Raises FileNotFoundError or UserError, also for an unknown chat format, unless `chats` is False.
@@ -123,8 +136,18 @@ def load(
         chat_format = read_chat_format(adapter)
     tokenizer = load_tokenizer(base, chat_format, thinking)
     check(not chats or tokenizer.format is not None, tokenizer.note)  # before gigabytes are read
-    model = load_adapted_model(base, adapter, dtype, device) if adapter else load_model(base, dtype, device)
+    if adapter:
+        model, trained_on = load_adapted_model(base, adapter, dtype, device, quantize), read_quantization(adapter)
+        if trained_on not in ("none", quantize):
+            print(f"note: {adapter} was trained with --quantize {trained_on}, here it is {quantize}", file=sys.stderr)
+    else:
+        model = load_model(base, dtype, device, quantize=quantize)
     check_vocabulary(base, model, tokenizer)
+    join_projections(model)
+    packed = pack_int8(model if pack_blocks else model.lm_head)
+    if quantize != "none" and not packed:
+        note = f"each product dequantizes its {quantize} weight, so decoding is slower than without --quantize"
+        print(f"note: {note}", file=sys.stderr)
     return model, tokenizer
 
 
@@ -133,6 +156,13 @@ def read_chat_format(adapter: str | Path) -> str:
     adapter = follow_snapshot(adapter)
     stored = peft.read_metadata(adapter) if peft.is_peft(adapter) else read_object(adapter / CONFIG)
     return str(stored.get("chat_format", "auto"))
+
+
+def read_quantization(adapter: str | Path) -> str:
+    """Return how the base was quantized in an adapter's training, "none" if that is not stored."""
+    adapter = follow_snapshot(adapter)
+    trained_on = {} if peft.is_peft(adapter) else read_object(adapter / CONFIG).get("base", {})
+    return str(trained_on.get("quantize", "none"))
 
 
 def check_vocabulary(base: str | Path, model: Model, tokenizer: Tokenizer) -> None:

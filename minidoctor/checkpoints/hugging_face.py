@@ -10,6 +10,7 @@ import re
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,12 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from minidoctor.checkpoints.families import Family, config_settings, read_config
-from minidoctor.config import AdapterConfig, UserError, check
+from minidoctor.config import AdapterConfig, UserError, check, check_quantization
 from minidoctor.files.hub_cache import find_partial_download, follow_snapshot
 from minidoctor.files.json_files import read_object, write_json
 from minidoctor.files.pytorch_bin import read_entries
 from minidoctor.files.safetensors import CODES, Entry, read_tensors, write_tensors
-from minidoctor.model import Model, adapter_state, is_adapter_name
+from minidoctor.model import Model, is_adapter_name
+from minidoctor.ops.linear import Linear
 
 
 class StoredTensor(NamedTuple):
@@ -103,13 +105,18 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
     adapter: AdapterConfig | None = None,
+    quantize: str = "none",
 ) -> Model:
     """Load a checkpoint in eval mode, with newly initialized experts if an adapter is given.
+
+    `quantize` is one of QUANTIZATIONS. NF4 and int8 are used for the linear layers of the blocks, each quantized when
+    it has been read, int8 also for the output layer. Embeddings and norms have the `dtype`.
 
     Raises FileNotFoundError or UserError for any content of the directory. No weight is allocated before all names,
     shapes and offsets are checked.
     """
     directory = follow_snapshot(directory)
+    check_quantization(quantize)
     config, family = read_config(directory)
     stored = read_stored(directory)
     note_unused(directory, checkpoint_files(directory)[0])
@@ -128,19 +135,42 @@ def load_model(
     if config.tied:
         del layout["lm_head.weight"]
     loaded: dict[str, Tensor] = {}
+    # Allocated before they are read: small tensors between temporary ones would fragment the memory.
+    forms = {name: layer.quantize(quantize, dtype, device) for name, layer in quantized_layers(model, quantize).items()}
+    quantized_head = forms.pop("lm_head.weight", None)  # whose weight can be shared, or can have to be normalized
     for file in {tensor.file: None for tensor in stored.values()}:
-        entries = {name: tensor.entry for name, tensor in stored.items() if tensor.file == file}
-        for name, tensor in read_tensors(file, dtype, device, layout, entries):
-            loaded |= zip(layout[name], tensor.split([shape[0] for shape in layout[name].values()]), strict=True)
+        entries = {name: tensor.entry for name, tensor in stored.items() if tensor.file == file and name in layout}
+        exact = {name: entry for name, entry in entries.items() if layout[name].keys() & forms.keys()}
+        rest = {name: entry for name, entry in entries.items() if name not in exact}
+        for name, tensor in chain(
+            read_tensors(file, None, device, entries=exact), read_tensors(file, dtype, device, entries=rest)
+        ):
+            parts = tensor.split([shape[0] for shape in layout[name].values()])
+            for key, weight in zip(layout[name], parts, strict=True):
+                if key in forms:
+                    forms[key].store(weight)
+                else:
+                    loaded[key] = weight
     if family.normalized_head:
         for rows in loaded["lm_head.weight"].split(256):  # at once they would need copies in float32
             rows /= torch.linalg.vector_norm(rows, dim=1, keepdim=True, dtype=torch.float32).clamp(min=1e-12)
     if config.tied:
         loaded["lm_head.weight"] = loaded["model.embed_tokens.weight"]
-    model.load_state_dict(loaded | adapter_state(model), assign=True)
-    if config.tied:
+    if quantized_head:
+        quantized_head.store(loaded.pop("lm_head.weight"))
+    # With the experts and the quantized weights, which are not on the device "meta".
+    model.load_state_dict({name: x for name, x in model.state_dict().items() if not x.is_meta} | loaded, assign=True)
+    if config.tied and not quantized_head:
         model.lm_head.weight = model.model.embed_tokens.weight
     return model.to(device).eval()
+
+
+def quantized_layers(model: Model, quantize: str) -> dict[str, Linear]:
+    """Return the linear layers that are quantized, by the names of their weights: int8 includes the output layer."""
+    layers = {f"{name}.weight": layer for name, layer in model.named_modules() if isinstance(layer, Linear)}
+    if quantize != "int8":
+        del layers["lm_head.weight"]
+    return {} if quantize == "none" else layers
 
 
 def equal_content(first: StoredTensor, second: StoredTensor) -> bool:
@@ -185,6 +215,8 @@ def save_model(model: Model, directory: str | Path, dtype: torch.dtype = torch.b
     """
     directory, config = Path(directory), model.config
     state = {name: tensor.to(dtype) for name, tensor in model.state_dict().items() if not is_adapter_name(name)}
+    is_quantized = any(".quantized." in name for name in state)
+    check(not is_quantized, f"{directory}: not written, the model is quantized; load it with its stored weights")
     if config.tied:
         del state["lm_head.weight"]
     if config.alibi:  # Baichuan-13B

@@ -4,6 +4,8 @@ import argparse
 import dataclasses
 from typing import Any, get_type_hints
 
+from minidoctor.config import QUANTIZATIONS
+
 # Flags of the programs that load a model, with their defaults and help texts.
 MODEL_FLAGS = {
     "base": ("data/base", "checkpoint directory of the base model"),
@@ -12,6 +14,7 @@ MODEL_FLAGS = {
     "thinking": (False, "let a reasoning model reason before it answers"),
     "device": ("auto", "auto, cpu, cuda or mps"),
     "dtype": ("auto", "dtype of the base model: auto (bfloat16 on a GPU that has it), float32 or bfloat16"),
+    "quantize": ("none", f"form of the base model's linear layers: {', '.join(QUANTIZATIONS)}"),
 }
 
 

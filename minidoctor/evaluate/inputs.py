@@ -28,6 +28,7 @@ class RunConfig:
     thinking: bool
     device: str
     dtype: str
+    quantize: str
     data: list[str]
     dev: list[str]  # files of few-shot examples
     answers: str  # CMB's file of answers, or ""

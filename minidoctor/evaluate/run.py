@@ -52,11 +52,12 @@ def make_protocol(run: RunConfig, evaluation: Evaluation, model: Model, inputs: 
     """Return the JSON form of everything that can change the results."""
     prompter = evaluation.prompter
     config = prompter.config
+    quantized = "" if run.quantize == "none" else f", {run.quantize}"
     return {
         "base": Path(run.base).resolve().name,
         "base_hash": checkpoint_hash(run.base),
         "adapter": hash_adapter(run.adapter) if run.adapter else None,
-        "dtype": str(model.lm_head.weight.dtype).removeprefix("torch."),
+        "dtype": str(model.lm_head.weight.dtype).removeprefix("torch.") + quantized,
         "chat_format": "raw" if config.raw else prompter.tokenizer.chat_format,
         "thinking": run.thinking,
         **{key: [file.to_json() for file in files] for key, files in inputs._asdict().items()},
@@ -74,7 +75,8 @@ def load_evaluation(run: RunConfig, config: EvalConfig, inputs: Inputs) -> tuple
     """Load the model and prompt all questions."""
     device = choose_device(run.device)
     dtype = choose_dtype(run.dtype, device)
-    model, tokenizer = load(run.base, run.adapter, dtype, device, run.chat_format, not config.raw, run.thinking)
+    settings = run.chat_format, not config.raw, run.thinking, run.quantize
+    model, tokenizer = load(run.base, run.adapter, dtype, device, *settings)
     prompter, context = Prompter(tokenizer, config), model.config.max_seq_len
     if config.score == ("auto",) and (run.thinking or prompter.opens_reasoning):
         prompter.config = replace(config, score=("generate",))  # the token after the prompt begins the reasoning

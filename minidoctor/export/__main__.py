@@ -11,7 +11,12 @@ from pathlib import Path
 
 import torch
 
-from minidoctor.checkpoints.adapters import load_adapted_model, read_adapter_config, read_chat_format
+from minidoctor.checkpoints.adapters import (
+    load_adapted_model,
+    read_adapter_config,
+    read_chat_format,
+    read_quantization,
+)
 from minidoctor.checkpoints.hugging_face import checkpoint_hash
 from minidoctor.checkpoints.peft import check_plain_lora, is_peft, write_peft
 from minidoctor.cli.device import choose_dtype
@@ -51,6 +56,9 @@ def main() -> None:
         metadata = {"base_checkpoint_hash": checkpoint_hash(base), "chat_format": chat_format}
         write_peft(out, str(base.resolve()), model.adapter, adapter_state(model), metadata)
     print(out)
+    if (trained_on := read_quantization(adapter)) != "none":
+        weights = "exported for" if flags.merge is None else f"merged into {weights_dtype} copies of"
+        print(f"trained with --quantize {trained_on}; {weights} the weights of {base}, which are not quantized")
     if chat_format != "auto":
         print(f"trained in chat format {chat_format}; if it is not recognized, use --chat-format {chat_format}")
 

@@ -1,6 +1,7 @@
 """An estimate of the memory of a training step, printed before the first one.
 
-    frozen weights   their size in the dtype of the base
+    frozen weights   their size in the dtype of the base, or quantized
+    dequantized      the largest quantized weight, as one product or gradient needs it
     trainable        16 bytes per parameter: value, gradient and AdamW's two moments in float32
     activations      the tensors saved for the backward pass, added up below for one block
     logits           two chunks of fixed size, for every batch: ops/cross_entropy.py
@@ -19,6 +20,7 @@ from minidoctor.config import TARGETS, TrainConfig
 from minidoctor.expert_queue import ExpertQueue
 from minidoctor.model import Model
 from minidoctor.ops.cross_entropy import CHUNK
+from minidoctor.ops.quantized import QuantizedWeight
 
 GIB = 2**30
 ADVICE = "lower --batch-size or --max-seq-len, raise --accumulate, or add --recompute"
@@ -48,7 +50,10 @@ def estimate(
     n_keys = queue.keys[..., 0].numel() if queue else 0
     contrast = queue.keys.numel() + n_keys * CONTRAST_COPIES * config.n_anchors if queue else 0
     return {
-        "frozen weights": sum(p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad),
+        "frozen weights": sum(x.nbytes for x in (*model.parameters(), *model.buffers()) if not x.requires_grad),
+        "dequantized": max(
+            (w.n_weights * (4 + size) for w in model.modules() if isinstance(w, QuantizedWeight)), default=0
+        ),
         "trainable": 16 * sum(p.numel() for p in model.parameters() if p.requires_grad),
         "activations": n_tokens * size * (layers + temporary),
         "logits": 2 * 4 * chunk + 2 * size * n_answers * c.dim,

@@ -22,6 +22,7 @@ from minidoctor.config import UserError, check
 from minidoctor.evaluate.inputs import TRAINING_QUESTIONS
 from minidoctor.files.safetensors import write_tensors
 from minidoctor.ops.compiled import compile_blocks
+from minidoctor.ops.quantized import QuantizedWeight
 from minidoctor.step import compute_losses, make_optimizer, make_queue, train_step
 from minidoctor.text.tokenizer import Tokenizer, load_tokenizer
 from minidoctor.training.data import TrainingData, load_data
@@ -49,7 +50,8 @@ def train(state: RunState, processes: Processes = Processes()) -> None:  # noqa:
         processes.size > 1 or not config.shard, "--shard needs several processes: torchrun --nproc-per-node N train.py"
     )
     loading_device = torch.device("cpu") if config.shard else device
-    model = load_model(config.base, choose_dtype(config.dtype, device), loading_device, state.adapter)
+    dtype = choose_dtype(config.dtype, device)
+    model = load_model(config.base, dtype, loading_device, state.adapter, config.quantize)
     check_vocabulary(config.base, model, tokenizer)
     if tensor := find_non_finite(model):
         raise UserError(f"{config.base}: {tensor} contains NaN or infinity; the checkpoint is damaged, get it again")
@@ -90,9 +92,12 @@ def describe(
     """Return the lines printed before the first step."""
     (model, _, queue), config, n = components, state.config, len(data.examples)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    frozen = sum(p.numel() for p in model.parameters()) - trainable
+    n_quantized = sum(w.n_weights for w in model.modules() if isinstance(w, QuantizedWeight))
+    frozen = sum(p.numel() for p in model.parameters()) - trainable + n_quantized
     size, epochs = min(config.batch_size, n), config.steps / batches.per_epoch
     lines = [f"{config.base}: {frozen:,} frozen and {trainable:,} trainable parameters"]
+    if n_quantized:
+        lines.append(f"{config.base}: {n_quantized:,} of the frozen parameters are quantized to {config.quantize}")
     lines += [f"{config.base}: {tokenizer.note}"]
     lines += [f"{config.data}: {n:,} examples in batches of {size}, {epochs:.1f} epochs"]
     if queue:
@@ -127,7 +132,7 @@ def prepare_output(
         save(components, state)
     # A run can be killed between two files, so those that are missing are written by the resumed run.
     if not state.step or not (out / CONFIG).exists():
-        save_adapter_config(out, config.base, state.adapter, str(tokenizer.chat_format))
+        save_adapter_config(out, config.base, state.adapter, str(tokenizer.chat_format), config.quantize)
     if not state.step or not (out / TRAINING_QUESTIONS).exists():
         write_tensors(out / TRAINING_QUESTIONS, {"hashes": data.question_hashes})
 

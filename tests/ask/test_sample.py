@@ -5,9 +5,9 @@ import pytest
 import torch
 
 import sample
-from minidoctor.checkpoints.adapters import ADAPTER, save_adapter_config
+from minidoctor.checkpoints.adapters import ADAPTER, load_adapted_model, save_adapter_config
 from minidoctor.checkpoints.hugging_face import load_model, save_model
-from minidoctor.config import TARGETS, AdapterConfig, SampleConfig
+from minidoctor.config import QUANTIZATIONS, TARGETS, AdapterConfig, SampleConfig
 from minidoctor.files.safetensors import write_tensors
 from minidoctor.generate import complete
 from minidoctor.model import Model, adapter_state
@@ -49,6 +49,29 @@ def test_raw_continues_a_text_without_a_chat_format(ask, base_dir, model, tokeni
         _, out, _ = ask("--raw", text, "--base", base_dir, "--max-new-tokens", 8)
         expected = tokenizer.decode(complete(model, [tokens], SHORT, tokenizer.eos_ids)[0])
         assert out == printable(expected) + "\n"
+
+
+@pytest.mark.parametrize("quantize", QUANTIZATIONS)
+def test_quantize_answers_with_the_quantized_base(ask, base_dir, adapter_dir, tokenizer, quantize):
+    words = ["gout?", "--base", base_dir, "--adapter", adapter_dir, "--max-new-tokens", 8, "--quantize", quantize]
+    code, out, _ = ask(*words)
+    model = load_adapted_model(base_dir, adapter_dir, quantize=quantize)
+    prompt = tokenizer.chat([{"role": "user", "content": "gout?"}])
+    expected = tokenizer.decode(complete(model, [prompt], SHORT, tokenizer.eos_ids)[0])
+    assert (code, out) == (0, printable(expected) + "\n")
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler")
+def test_compiled_int8_answer_is_the_eager_one(ask, base_dir):
+    words = ["gout?", "--base", base_dir, "--max-new-tokens", 8, "--quantize", "int8"]
+    eager, compiled = ask(*words), ask(*words, "--compile")
+    assert eager[:2] == compiled[:2]
+    assert "--compile" not in compiled[2]
+
+
+def test_unknown_quantization_is_one_line(ask, base_dir):
+    code, _, err = ask("gout?", "--base", base_dir, "--quantize", "int4")
+    assert (code, err.count("\n"), "int4" in err) == (2, 1, True)
 
 
 def test_reasoning_models_have_a_higher_default_limit_of_tokens(monkeypatch, ask, base_dir):

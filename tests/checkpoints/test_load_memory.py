@@ -24,12 +24,13 @@ from minidoctor.checkpoints.hugging_face import load_model
 def peak():
     return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
 
-for tiny, large, dtype in zip(sys.argv[1::3], sys.argv[2::3], sys.argv[3::3]):
+for tiny, large, dtype, quantize in zip(*[iter(sys.argv[1:])] * 4):
     if os.fork() == 0:
-        load_model(tiny, getattr(torch, dtype))
+        load_model(tiny, getattr(torch, dtype), quantize=quantize)
         before = peak()
-        model = load_model(large, getattr(torch, dtype))
-        weights = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in model.parameters()}
+        model = load_model(large, getattr(torch, dtype), quantize=quantize)
+        tensors = [*model.parameters(), *model.buffers()]
+        weights = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
         print(sum(weights.values()), peak() - before, flush=True)
         os._exit(0)
     os.waitpid(-1, 0)
@@ -66,8 +67,20 @@ CASES = {
 }
 
 
+def measure(arguments):
+    """Return the bytes of the weights and the peak while they were loaded, for each four arguments of the script."""
+    command = [sys.executable, "-c", MEASURE, *arguments]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    return [tuple(map(int, line.split())) for line in result.stdout.splitlines()]
+
+
+NEEDS_PROC = pytest.mark.skipif(
+    not Path("/proc/self/status").exists(), reason="needs Linux's account of a process's memory"
+)
+
+
 @pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's account of a process's memory")
+@NEEDS_PROC
 def test_peak_memory_is_at_most_1_15_times_the_weights(tmp_path):
     arguments = []
     for i, (kind, code, dtype, write) in enumerate(CASES.values()):
@@ -76,11 +89,33 @@ def test_peak_memory_is_at_most_1_15_times_the_weights(tmp_path):
             directory.mkdir()
             (directory / "config.json").write_text(json.dumps(settings))
             write(directory, tensor_shapes(settings), code)
-        arguments += [str(tmp_path / f"tiny{i}"), str(tmp_path / f"large{i}"), dtype]
-    command = [sys.executable, "-c", MEASURE, *arguments]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    measured = [tuple(map(int, line.split())) for line in result.stdout.splitlines()]
+        arguments += [str(tmp_path / f"tiny{i}"), str(tmp_path / f"large{i}"), dtype, "none"]
+    measured = measure(arguments)
     assert len(measured) == len(CASES)
     for case, (weights, peak) in zip(CASES, measured, strict=True):
         assert weights > 2**27, case
         assert weights <= peak <= 1.15 * weights, case
+
+
+# The shape of SmolLM2-135M, whose embeddings are a fifth of the weights.
+SMOLLM2 = {"vocab_size": 49_152, "hidden_size": 576, "num_attention_heads": 9, "num_key_value_heads": 3}
+SMOLLM2 |= {"head_dim": 64, "intermediate_size": 1536, "num_hidden_layers": 30, "tie_word_embeddings": True}
+
+
+@pytest.mark.slow
+@NEEDS_PROC
+def test_nf4_takes_at_most_half_of_bfloat16_and_little_more_while_it_is_loaded(tmp_path):
+    bfloat16 = 2 * sum(map(math.prod, tensor_shapes(config_json("llama", **SMOLLM2)).values()))
+    arguments, kinds = [], ("nf4", "nf4-double", "int8")
+    for name, changes in (("tiny", TINY), ("large", SMOLLM2)):
+        settings = config_json("llama", **changes)
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(settings))
+        write_safetensors(tmp_path / name, tensor_shapes(settings), "F16")
+    for kind in kinds:
+        arguments += [str(tmp_path / "tiny"), str(tmp_path / "large"), "bfloat16", kind]
+    ratios = {kind: [n / bfloat16 for n in row] for kind, row in zip(kinds, measure(arguments), strict=True)}
+    for kind, (weights, peak) in ratios.items():
+        limits = (0.75, 0.9) if kind == "int8" else (0.5, 0.6)  # int8: with the output layer, which is tied in bfloat16
+        assert 0.4 < weights <= limits[0], (kind, ratios)
+        assert weights <= peak <= limits[1], (kind, ratios)

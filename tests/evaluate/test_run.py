@@ -21,6 +21,7 @@ from minidoctor.evaluate.inputs import hash_adapter
 from minidoctor.evaluate.records import read_result
 from minidoctor.evaluate.summary import full_summary
 from minidoctor.files.safetensors import read_tensors, write_tensors
+from minidoctor.ops.linear import join_projections
 from minidoctor.questions.overlap import question_hash
 from minidoctor.questions.read import read_questions
 
@@ -63,6 +64,7 @@ def test_result_file_contains_predictions_and_their_summary(
     for prediction in result["predictions"]:
         assert {"id", "prediction", "answer", "correct", "scores"} <= set(prediction)
     rows = [row for file in files for row in read_questions(file).rows]
+    join_projections(adapted)  # as the program does, which rounds differently
     expected = [
         replace(p, file="one.jsonl") for p in evaluate(adapted, tokenizer, rows, show_progress=False).predictions
     ]
@@ -81,6 +83,7 @@ def test_adapter_changes_the_predictions(evaluate_program, tmp_path, adapter_dir
     evaluate_program("--data", path, "--out", outs[0])
     evaluate_program("--data", path, "--out", outs[1], "--adapter", adapter_dir)
     base, adapted = (read_result(out) for out in outs)
+    join_projections(model)  # as the program does, which rounds differently
     expected = evaluate(model, tokenizer, read_questions(path).rows, show_progress=False).predictions
     assert base.predictions == [replace(p, file=path.name) for p in expected]
     assert base.predictions != adapted.predictions
@@ -131,6 +134,19 @@ def test_result_is_saved_once_a_minute(evaluate_program, tmp_path, rows_file, mo
     evaluate_program("--data", rows_file(*ROWS[:2]), "--out", tmp_path / "p.json")
     assert saved == [False] * (len(saved) - 1) + [True]
     assert len(saved) > 3
+
+
+def test_quantized_base_changes_the_scores_and_the_protocol(evaluate_program, tmp_path, rows_file):
+    data, results = rows_file(*ROWS), {}
+    for name in ("none", "nf4"):
+        out = tmp_path / f"{name}.json"
+        evaluate_program("--data", data, "--score", "text", "--quantize", name, "--out", out)
+        results[name] = read_result(out)
+    assert [results[name].protocol["dtype"] for name in results] == ["float32", "float32, nf4"]
+    scores = [[p.scores for p in result.predictions] for result in results.values()]
+    assert scores[0] != scores[1]
+    printed = evaluate_program("--compare", *(tmp_path / f"{name}.json" for name in results))
+    assert "dtype" in printed
 
 
 # --- resume ---

@@ -10,7 +10,7 @@ from minidoctor.checkpoints.adapters import ADAPTER, load, load_adapted_model, s
 from minidoctor.checkpoints.families import read_model_config
 from minidoctor.checkpoints.hugging_face import checkpoint_hash, load_model, save_model
 from minidoctor.checkpoints.peft import CONFIG, WEIGHTS, write_peft
-from minidoctor.config import TARGETS, AdapterConfig, ModelConfig, RopeScaling, SampleConfig
+from minidoctor.config import QUANTIZATIONS, TARGETS, AdapterConfig, ModelConfig, RopeScaling, SampleConfig
 from minidoctor.export import __main__ as export
 from minidoctor.export.merge import merge, stored_dtype
 from minidoctor.files.safetensors import read_header, read_tensors, write_tensors
@@ -436,3 +436,22 @@ def test_exported_adapter_gives_the_same_logits_in_peft(call, tmp_path, kind):
     with theirs.disable_adapter():
         assert_same_logits(load_model(base), lambda tokens: [theirs(tokens).logits])
     assert_same_logits(load_adapted_model(base, adapter), lambda tokens: [theirs(tokens).logits])
+
+
+@pytest.mark.parametrize("trained_on", QUANTIZATIONS)
+@pytest.mark.parametrize("output", ["--peft", "--merge"])
+def test_export_reports_the_weights_that_an_adapter_of_a_quantized_base_is_for(
+    call, base_dir, tmp_path, output, trained_on
+):
+    plain_dir = write_adapter(tmp_path / "plain", base_dir)
+    save_adapter_config(plain_dir, str(base_dir), PLAIN, quantize=trained_on)
+    code, out, err = call("--base", base_dir, "--adapter", plain_dir, output, tmp_path / "out")
+    assert code == 0, err
+    reported = f"trained with --quantize {trained_on}" in out and "not quantized" in out
+    assert reported == (trained_on != "none")
+    if output == "--merge":
+        merged, (layer, *_) = load_model(tmp_path / "out"), load_adapted_model(base_dir, plain_dir).model.layers
+        up = layer.mlp.up_proj
+        expected = up.weight + up.scale * up.lora_b @ up.lora_a
+        torch.testing.assert_close(merged.model.layers[0].mlp.up_proj.weight, expected)
+        assert ("torch.float32" in out) == (trained_on != "none")

@@ -1,8 +1,10 @@
 import pytest
 import torch
 
-from minidoctor.config import TARGETS, AdapterConfig, ModelConfig, TrainConfig
+from minidoctor.checkpoints.hugging_face import load_model
+from minidoctor.config import QUANTIZATIONS, TARGETS, AdapterConfig, ModelConfig, TrainConfig
 from minidoctor.model import Model
+from minidoctor.ops.quantized import QuantizedWeight
 from minidoctor.step import make_queue
 from minidoctor.training.memory import (
     ADVICE,
@@ -86,3 +88,20 @@ def test_backpropagation_stops_at_the_first_adapted_layer():
     model.hidden(TOKENS)[0].sum().backward()
     assert has_gradient == [False, True]
     assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
+
+
+@pytest.mark.parametrize("kind", QUANTIZATIONS[1:])
+def test_frozen_weights_of_the_estimate_are_the_quantized_ones(base_dir, adapter, kind):
+    config = TrainConfig()
+    plain, model = (load_model(base_dir, adapter=adapter, quantize=name) for name in ("none", kind))
+    needed = [estimate(m, None, config, 256, 100) for m in (plain, model)]
+    embeddings = 4 * (plain.lm_head.weight.numel() + 5 * plain.config.dim)  # with the norms
+    weights = [w for w in model.modules() if isinstance(w, QuantizedWeight)]
+    quantized = sum(x.nbytes for w in weights for x in w.buffers())
+    assert needed[0]["frozen weights"] == sum(p.nbytes for p in plain.parameters() if not p.requires_grad)
+    assert needed[1]["frozen weights"] == embeddings + quantized
+    assert needed[0]["dequantized"] == 0
+    assert needed[1]["dequantized"] == 8 * max(w.n_weights for w in weights)
+    assert needed[1].keys() == needed[0].keys()
+    same = needed[0].keys() - {"frozen weights", "dequantized"}
+    assert all(needed[0][name] == needed[1][name] for name in same)

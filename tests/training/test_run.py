@@ -3,6 +3,7 @@ import itertools
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -17,9 +18,9 @@ from tqdm import tqdm
 
 import train as program_file
 from minidoctor import step as step_file
-from minidoctor.checkpoints.adapters import ADAPTER, load_adapted_model
+from minidoctor.checkpoints.adapters import ADAPTER, CONFIG, load_adapted_model
 from minidoctor.checkpoints.hugging_face import load_model
-from minidoctor.config import UserError
+from minidoctor.config import QUANTIZATIONS, UserError
 from minidoctor.files.safetensors import read_tensors, write_tensors
 from minidoctor.model import adapter_state
 from minidoctor.training import run
@@ -36,11 +37,14 @@ def metrics_rows(out):
 ON_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
+@pytest.mark.parametrize("quantize", ["none", "nf4"])
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.cuda, ON_GPU])])
-def test_ten_steps_equal_five_resumed_for_five_bit_for_bit(train_run, tmp_path, signal_in_step, read_run, device):
-    whole = train_run(out=str(tmp_path / "whole"), device=device)
+def test_ten_steps_equal_five_resumed_for_five_bit_for_bit(
+    train_run, tmp_path, signal_in_step, read_run, device, quantize
+):
+    whole = train_run(out=str(tmp_path / "whole"), device=device, quantize=quantize)
     with signal_in_step(4):
-        resumed = train_run(out=str(tmp_path / "resumed"), device=device)
+        resumed = train_run(out=str(tmp_path / "resumed"), device=device, quantize=quantize)
     assert read_state(resumed).step == 5
     assert not (resumed / REPORT).exists()
     run.train(start_or_resume({"out": str(resumed), "resume": True}))
@@ -94,14 +98,35 @@ def test_a_non_finite_loss_stops_the_run_and_is_never_saved(train_run, tmp_path,
     assert [row["step"] for row in metrics_rows(out)] == list(range(6))
 
 
+@pytest.mark.parametrize("quantize", QUANTIZATIONS[1:])
+def test_quantized_base_is_reported_recorded_and_learned_on(train_run, base_dir, tmp_path, capsys, quantize):
+    frozen = sum(p.numel() for p in load_model(base_dir).parameters())
+    adapters, reports = [], []
+    for name in ("none", quantize):
+        out = train_run(out=str(tmp_path / name), quantize=name, steps=40)
+        assert json.loads((out / CONFIG).read_text())["base"].get("quantize", "none") == name
+        rows = metrics_rows(out)
+        assert rows[-1]["lm"] < 0.9 * rows[0]["lm"]
+        adapters.append((out / ADAPTER).read_bytes())
+        reports.append(capsys.readouterr().out)
+    assert adapters[0] != adapters[1]
+    assert f"frozen parameters are quantized to {quantize}" in reports[1]
+    counts = [int(re.search(r": ([\d,]+) frozen and", report)[1].replace(",", "")) for report in reports]
+    head = load_model(base_dir).lm_head.weight.numel()
+    assert counts == [frozen, frozen + head * (quantize == "int8")]  # int8 copies the tied output layer
+    model = load_adapted_model(base_dir, tmp_path / quantize, quantize="none")
+    assert model(torch.ones(1, 3, dtype=torch.long))[0].isfinite().all()
+
+
+@pytest.mark.parametrize("quantize", QUANTIZATIONS)
 @pytest.mark.parametrize("value", [torch.nan, -torch.inf])
-def test_a_non_finite_base_is_rejected_by_tensor_name_before_training(train_run, base_dir, tmp_path, value):
+def test_a_non_finite_base_is_rejected_by_tensor_name_before_training(train_run, base_dir, tmp_path, value, quantize):
     base = shutil.copytree(base_dir, tmp_path / "base")
     tensors = dict(read_tensors(base / "model.safetensors"))
     tensors["model.layers.1.mlp.up_proj.weight"][3, 2] = value
     write_tensors(base / "model.safetensors", tensors)
-    with pytest.raises(UserError, match=r"model\.layers\.1\.mlp\.up_proj\.weight") as raised:
-        train_run(base=str(base))
+    with pytest.raises(UserError, match=r"model\.layers\.1\.mlp\.up_proj\.") as raised:
+        train_run(base=str(base), quantize=quantize)
     assert "--lr" not in str(raised.value)
     assert not (tmp_path / "run" / STATE).exists()
 
