@@ -13,13 +13,14 @@ from torch import Tensor, nn
 
 from minidoctor.batching import IGNORE, Batch, Example, collate
 from minidoctor.bench.options import SHAPES, BenchConfig
-from minidoctor.checkpoints.hugging_face import load_model
+from minidoctor.checkpoints.hugging_face import load_model, quantized_layers
 from minidoctor.cli.device import choose_device, choose_dtype
 from minidoctor.config import AdapterConfig, TrainConfig
 from minidoctor.lora import LoRAExperts
 from minidoctor.losses import language_model_loss
 from minidoctor.model import Model, adapter_state
 from minidoctor.ops.compiled import compile_blocks
+from minidoctor.ops.linear import Linear
 from minidoctor.step import make_optimizer, make_queue, train_step
 
 Step = Callable[[Batch], Any]
@@ -30,17 +31,25 @@ def make_base(config: BenchConfig, n_layers: int = 10) -> Model:
     device = choose_device(config.device)
     dtype = choose_dtype(config.dtype, device)
     if config.base:
-        return load_model(config.base, dtype, device).requires_grad_(False)
+        return load_model(config.base, dtype, device, quantize=config.quantize).requires_grad_(False)
     torch.manual_seed(0)
     with device:  # created on the device, because drawing a large model on the CPU takes minutes
         model = Model(dataclasses.replace(SHAPES[config.shape], n_layers=config.layers or n_layers))
-    return model.to(dtype).requires_grad_(False).eval()
+    model.to(dtype).requires_grad_(False)
+    for layer in quantized_layers(model, config.quantize).values():
+        weight = layer.weight
+        layer.quantize(config.quantize, dtype, device).store(weight)
+    return model.eval()
 
 
 def share_weights(base: Model, adapter: AdapterConfig | None = None, compiled: bool = False) -> Model:
     """Return a model with an untrained adapter on the frozen weights of `base`, which are not copied."""
     with torch.device("meta"):
         model = Model(base.config, adapter)
+    layers = {name: layer for name, layer in base.named_modules() if isinstance(layer, Linear)}
+    for name, layer in model.named_modules():
+        if isinstance(layer, Linear):
+            layer.share(layers[name])
     trainable = {name: tensor.to(base.lm_head.weight.device) for name, tensor in adapter_state(model).items()}
     model.load_state_dict(base.state_dict() | trainable, assign=True)
     for name, parameter in model.named_parameters():
@@ -68,7 +77,8 @@ def make_frozen_step(base: Model, compiled: bool = False) -> Step:
     def step(batch: Batch) -> None:
         batch = batch.to(model.lm_head.weight.device)
         hidden, _ = model.hidden(batch.tokens)  # (B, T, D)
-        language_model_loss(hidden, model.lm_head.weight, batch.targets, batch.answer_positions).backward()
+        head = model.lm_head.dense_weight(hidden.dtype)  # (V, D)
+        language_model_loss(hidden, head, batch.targets, batch.answer_positions).backward()
 
     return step
 
@@ -80,9 +90,10 @@ class LoopExperts(LoRAExperts):
         nn.Module.__init__(self)
         self.__dict__.update(layer.__dict__)  # the same parameters and sizes
 
-    def forward(self, x: Tensor, gates: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, gates: Tensor | None = None, frozen: Tensor | None = None) -> Tensor:
         """(B, T, D_in) and gates (B, T, E) -> (B, T, D_out)."""
         assert gates is not None
+        assert frozen is None  # as in training
         rows, weights = x.flatten(0, -2), gates.flatten(0, -2).to(x.dtype)  # (N, D_in), (N, E)
         y = super(LoRAExperts, self).forward(rows)  # (N, D_out), the frozen layer
         experts = zip(self.lora_a.split(self.rank), self.lora_b.split(self.rank, dim=1), strict=True)

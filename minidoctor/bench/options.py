@@ -2,7 +2,16 @@
 
 from dataclasses import dataclass
 
-from minidoctor.config import AdapterConfig, ModelConfig, TrainConfig, check, check_range, flag
+from minidoctor.config import (
+    QUANTIZATIONS,
+    AdapterConfig,
+    ModelConfig,
+    TrainConfig,
+    check,
+    check_quantization,
+    check_range,
+    flag,
+)
 
 FEED_FORWARD = ("gate_proj", "up_proj", "down_proj")
 # The config.json of https://huggingface.co/HuggingFaceTB/SmolLM2-135M, Qwen/Qwen3-0.6B and Qwen/Qwen3-4B
@@ -35,8 +44,10 @@ class BenchConfig:
     threads: int = flag(0, "CPU threads (0: all)")
     device: str = flag("auto", "auto, cpu, cuda or mps")
     dtype: str = flag("auto", "dtype of the base model: auto (bfloat16 on a GPU that has it), float32 or bfloat16")
+    quantize: str = flag("none", f"form of the base model's linear layers: {', '.join(QUANTIZATIONS)}")
 
     def __post_init__(self) -> None:
+        check_quantization(self.quantize)
         check(self.shape in SHAPES, f"shape must be one of {', '.join(SHAPES)}, got {self.shape!r}")
         check_range(self, "batch_size", "rounds", "new_tokens")
         check_range(self, "layers", "threads", low=0)

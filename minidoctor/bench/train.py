@@ -1,5 +1,6 @@
 """Training speed and memory, next to peft, MixLoRA and the frozen model's forward and backward pass."""
 
+import functools
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -54,13 +55,22 @@ def bench_train(config: BenchConfig) -> Result:
         "contrast_over_none": ratio(speed["minidoctor, no contrast"], ours),
         "over_a_loop": ratio(speed.get("minidoctor, not compiled", ours), loop),
         "compiled_over_not": ratio(ours, speed.get("minidoctor, not compiled")),
+        "quantized_over_not": ratio(ours, speed.get("minidoctor, not quantized")),
         "matrix_tera_operations_per_second": medians({"peak": peak})["peak"] / 1e12,
         "mfu": None if config.data else ratio([per_token * rate for rate in ours], peak),
     }
 
 
 def training_steps(base: Model, config: BenchConfig) -> dict[str, Callable[[], Step]]:
-    """Return functions that build the training step of each implementation. All share the weights of `base`."""
+    """Return functions that build the training step of each implementation.
+
+    All share the weights of `base`, except that the other packages do not use quantized ones.
+    """
+
+    @functools.cache
+    def plain() -> Model:
+        return base if config.quantize == "none" else make_base(replace(config, quantize="none"))
+
     experts, train = config.experts, config.train
     lora, eager = replace(experts, n_experts=1, top_k=1), replace(train, compile=False)
     steps: dict[str, Callable[[], Step]] = {
@@ -72,13 +82,15 @@ def training_steps(base: Model, config: BenchConfig) -> dict[str, Callable[[], S
     }
     if config.compile:
         steps["minidoctor, not compiled"] = partial(make_step, base, experts, eager)
+    if config.quantize != "none":
+        steps["minidoctor, not quantized"] = lambda: make_step(plain(), experts, train)
     if baselines.installed("transformers", "peft"):
-        steps["peft"] = lambda: baselines.make_step(*baselines.peft_lora(base, lora), train)
+        steps["peft"] = lambda: baselines.make_step(*baselines.peft_lora(plain(), lora), train)
         if baselines.installed("bitsandbytes"):
-            steps["qlora"] = lambda: baselines.make_step(*baselines.peft_lora(base, lora, nf4=True), train)
+            steps["qlora"] = lambda: baselines.make_step(*baselines.peft_lora(plain(), lora, nf4=True), train)
     feed_forward_only = set(config.targets) <= set(FEED_FORWARD)  # MixLoRA has no experts in the attention
     if baselines.installed("transformers", "mixlora") and feed_forward_only and not base.config.qk_norm:
-        steps["mixlora"] = lambda: baselines.make_step(*baselines.mixlora(base, experts), train)
+        steps["mixlora"] = lambda: baselines.make_step(*baselines.mixlora(plain(), experts), train)
     return steps
 
 

@@ -6,16 +6,18 @@ from minidoctor.bench import baselines
 from minidoctor.bench.implementations import (
     LoopExperts,
     loop_over_experts,
+    make_base,
     make_frozen_step,
     make_step,
     random_batch,
     share_weights,
 )
-from minidoctor.bench.options import FEED_FORWARD, SHAPES
-from minidoctor.config import TARGETS, AdapterConfig, ModelConfig, TrainConfig
+from minidoctor.bench.options import FEED_FORWARD, SHAPES, BenchConfig
+from minidoctor.config import QUANTIZATIONS, TARGETS, AdapterConfig, ModelConfig, TrainConfig
 from minidoctor.lora import LoRAExperts
 from minidoctor.losses import language_model_loss
 from minidoctor.model import Model
+from minidoctor.ops.linear import join_projections
 
 SHAPE = ModelConfig(60, 16, 2, 2, 1, 8, 24, 64)
 
@@ -108,6 +110,20 @@ def test_qlora_step_trains_on_a_base_in_nf4(base):
     assert losses[1][0] != losses[0][0]
     assert losses[1][0] == pytest.approx(losses[0][0], rel=0.05)  # NF4 has 16 levels
     assert losses[1][2] < losses[1][0]
+
+
+@pytest.mark.parametrize("quantize", QUANTIZATIONS)
+def test_shared_model_has_the_quantized_and_joined_weights_of_its_base(quantize, monkeypatch):
+    monkeypatch.setitem(SHAPES, "smollm2", ModelConfig(60, 64, 1, 4, 2, 16, 96))
+    base = make_base(BenchConfig(quantize=quantize, device="cpu"))
+    join_projections(base)
+    model, tokens = share_weights(base, AdapterConfig(4, 2, 2, targets=FEED_FORWARD)), torch.randint(60, (2, 8))
+    layers = [m.model.layers[0].mlp.up_proj for m in (base, model)]
+    assert layers[0].quantized is layers[1].quantized
+    assert layers[0].joined is layers[1].joined
+    assert (base.lm_head.quantized is not None) == (quantize == "int8")
+    with torch.no_grad():
+        torch.testing.assert_close(model(tokens)[0], base(tokens)[0])
 
 
 @pytest.mark.parametrize("switch", [{}, {"qk_norm": True}, {"qkv_bias": True}, {"window": 3}])

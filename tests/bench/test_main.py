@@ -149,9 +149,17 @@ def test_sample_counts_reads_of_all_weights_and_tokens_of_all_rows(tiny_shapes, 
 def test_compile_times_compiled_next_to_eager_implementations(words, n_models, tiny_shapes, run_bench, monkeypatch):
     compiled = []  # the effect of compilation is tested with the model
     monkeypatch.setattr(implementations, "compile_blocks", compiled.append)
+    monkeypatch.setattr(sample, "compile_decoding", lambda model: compiled.append(model) or False)
     result = run_bench(*words, "--compile", "--json")
     assert_ratios(result, "compiled_over_not")
     assert len(compiled) == n_models
+
+
+@pytest.mark.parametrize("words", [TRAIN, SAMPLE])
+def test_quantize_times_quantized_next_to_unquantized_weights(words, tiny_shapes, run_bench):
+    result = run_bench(*words, "--quantize", "int8", "--json")
+    assert_ratios(result, "quantized_over_not")
+    assert run_bench(*words, "--json")["quantized_over_not"] is None
 
 
 def test_gpu_settings_run_in_bfloat16(tiny_shapes, run_bench):
