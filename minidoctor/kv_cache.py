@@ -5,6 +5,7 @@ lengths are padded on the right. Tokens generated later overwrite the padding; b
 padding, which has greater positions than every token of its row.
 """
 
+from functools import partial
 from itertools import chain
 from typing import NamedTuple
 
@@ -30,7 +31,9 @@ class KVCache:
 
     def __init__(self, config: ModelConfig, batch_size: int, max_seq_len: int, like: Tensor):
         shape = (batch_size, config.n_kv_heads, max_seq_len, config.head_dim)  # (B, G, S, C)
-        self.layers = [LayerCache(*(like.new_zeros(shape) for _ in range(2))) for _ in range(config.n_layers)]
+        # Not like.new_zeros, which shards the cache if `like` is sharded.
+        zeros = partial(torch.zeros, shape, dtype=like.dtype, device=like.device)
+        self.layers = [LayerCache(zeros(), zeros()) for _ in range(config.n_layers)]
         self.size = max_seq_len
         self.length = 0  # positions in use by the longest row; attention covers only these
         self.rotary: tuple[Tensor, Tensor] | None = None  # (1, 1, S, C), computed at the first use
