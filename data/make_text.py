@@ -25,7 +25,7 @@ END = {"en": ".", "zh": "。"}
 QUESTION_WORDS = {
     "en": re.compile(
         r"\b(what|which|who|whom|whose|how|why|where|when|can|could|should|would|will|may|do|does|did|is|are|any|please"
-        r"|tell|got|need|want)\b|what's|who's|how's|where's|\?",
+        r"|tell|got|need|want)\b|\?",
         re.IGNORECASE,
     ),
     "zh": re.compile("[？?吗呢啥咋嘛吧谁几请何]|还是|不(?=$|，)|什么|哪|怎|是不是|能不能|多少|要不要|有没有"),

@@ -8,7 +8,7 @@ import hashlib
 import os
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -138,19 +138,11 @@ def load_model(
     # Allocated before they are read: small tensors between temporary ones would fragment the memory.
     forms = {name: layer.quantize(quantize, dtype, device) for name, layer in quantized_layers(model, quantize).items()}
     quantized_head = forms.pop("lm_head.weight", None)  # whose weight can be shared, or can have to be normalized
-    for file in {tensor.file: None for tensor in stored.values()}:
-        entries = {name: tensor.entry for name, tensor in stored.items() if tensor.file == file and name in layout}
-        exact = {name: entry for name, entry in entries.items() if layout[name].keys() & forms.keys()}
-        rest = {name: entry for name, entry in entries.items() if name not in exact}
-        for name, tensor in chain(
-            read_tensors(file, None, device, entries=exact), read_tensors(file, dtype, device, entries=rest)
-        ):
-            parts = tensor.split([shape[0] for shape in layout[name].values()])
-            for key, weight in zip(layout[name], parts, strict=True):
-                if key in forms:
-                    forms[key].store(weight)
-                else:
-                    loaded[key] = weight
+    for key, weight in read_weights(stored, layout, forms.keys(), dtype, device):
+        if key in forms:
+            forms[key].store(weight)
+        else:
+            loaded[key] = weight
     if family.normalized_head:
         for rows in loaded["lm_head.weight"].split(256):  # at once they would need copies in float32
             rows /= torch.linalg.vector_norm(rows, dim=1, keepdim=True, dtype=torch.float32).clamp(min=1e-12)
@@ -163,6 +155,24 @@ def load_model(
     if config.tied and not quantized_head:
         model.lm_head.weight = model.model.embed_tokens.weight
     return model.to(device).eval()
+
+
+def read_weights(
+    stored: dict[str, StoredTensor],
+    layout: Layout,
+    exact: Collection[str],
+    dtype: torch.dtype,
+    device: str | torch.device,
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield the weights of the layout one by one in `dtype`, those in `exact` as they are stored."""
+    for file in {tensor.file: None for tensor in stored.values()}:
+        entries = {name: tensor.entry for name, tensor in stored.items() if tensor.file == file and name in layout}
+        unchanged = {name: entry for name, entry in entries.items() if not layout[name].keys().isdisjoint(exact)}
+        rest = {name: entry for name, entry in entries.items() if name not in unchanged}
+        for name, tensor in chain(
+            read_tensors(file, None, device, entries=unchanged), read_tensors(file, dtype, device, entries=rest)
+        ):
+            yield from zip(layout[name], tensor.split([shape[0] for shape in layout[name].values()]), strict=True)
 
 
 def quantized_layers(model: Model, quantize: str) -> dict[str, Linear]:
