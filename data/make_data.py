@@ -268,10 +268,10 @@ class Generator:
         attributes = rng.sample(ATTRIBUTES, 4)
         current, name = condition, self.trained_name(condition, language)
         for i in range(rng.randint(2, 4)):
-            if i and rng.random() < 0.3:
+            if i and rng.random() < 0.45:
                 current = rng.choice(self.trained)
                 name = self.trained_name(current, language)
-                attributes[i] = attributes[i - 1] if rng.random() < 0.7 else attributes[i]
+                attributes[i] = attributes[i - 1] if rng.random() < 0.8 else attributes[i]
             plan.append((current, name, attributes[i]))
         turns = converse(self.words(language), plan, language, rng)
         if rng.random() < 0.5:

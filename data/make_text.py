@@ -17,7 +17,7 @@ from typing import Any
 HERE = Path(__file__).parent
 LANGUAGES = ("en", "zh")
 ATTRIBUTES = ("department", "symptoms", "cause", "test", "treatment")
-P_MAIN_NAME = 0.4  # the rest is shared by the other names
+P_MAIN_NAME = 0.3  # the rest is shared by the other names
 P_TYPO = 0.05  # of a name or a wording, in English
 P_LOWER = 0.2  # a name or a wording without capitals, as people type it
 END = {"en": ".", "zh": "。"}
@@ -202,22 +202,22 @@ class Writer:
         """Return paragraphs that contain each fact of each condition.
 
         A paragraph has all facts of one condition, at times followed by facts of another, or single facts of several,
-        so that no fact depends on a preceding one. For every four conditions there are four everyday sentences and
-        three unknown conditions.
+        so that no fact depends on a preceding one. For every five conditions there are five everyday sentences and
+        two unknown conditions.
         """
         rng, paragraphs, singles = self.rng, list[list[str]](), list[str]()
         for condition in self.conditions:
             facts, names = self.facts(condition), [self.choose_name(condition) for _ in range(2)]
             if rng.random() < 0.5:
                 lines = self.paragraph(facts, names, condition[self.language]["name"])
-                paragraphs.append(lines + (self.change(condition) if rng.random() < 0.4 else []))
+                paragraphs.append(lines + (self.change(condition) if rng.random() < 0.8 else []))
                 continue
             for attribute, value in facts:
                 name = condition[self.language]["name"] if attribute == "other_name" else self.choose_name(condition)
                 singles.append(self.statement(attribute, name, value))
         for i in range(len(self.conditions)):
             singles.append(pick(GENERAL[self.language], rng))
-            if i % 4:
+            if i % 5 < 2:
                 paragraphs.append(self.unknown())
         rng.shuffle(singles)
         while singles:
