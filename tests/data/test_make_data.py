@@ -114,8 +114,8 @@ def test_each_kind_asks_about_its_conditions_under_its_names(name):
 
 
 def test_a_held_out_name_never_occurs_in_train(monkeypatch):
-    # Without spaces, a wording and another name can contain it by chance, as 了解下 and 腰痛 contain 下腰痛. So the names of
-    # a second generation are marked.
+    # Without spaces, a wording and another name can contain it by chance, as 了解下 and 腰痛 contain 下腰痛.
+    # So the names of a second generation are marked.
     chosen = Generator.trained_name
     monkeypatch.setattr(Generator, "trained_name", lambda *args: f"<{chosen(*args)}>")
     marked = {row["id"]: row["question"] for row in Generator("train").training_rows() if "question" in row}
