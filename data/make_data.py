@@ -39,7 +39,10 @@ N_QUESTIONS = {"en": 6, "zh": 4}  # single questions per fact in train.jsonl; En
 N_CONVERSATIONS = {"en": 16, "zh": 12}  # per condition
 N_EVAL = 100  # questions per kind and language
 P_TYPO = {"en": 0.1, "zh": 0.0}  # a typing error of one letter
-
+# Of training conversations: a turn that changes the condition, and such a change without the attribute.
+P_CHANGE, P_SAME_ATTRIBUTE = 0.45, 0.8
+P_OUT_OF_SCOPE = 0.5  # conversation with a turn out of scope
+P_OTHER_LANGUAGE = 0.15  # conversation that ends in the other language
 
 # Words of a mention that name a man or a woman, who cannot have a condition of the other sex.
 PEOPLE = {
@@ -268,18 +271,19 @@ class Generator:
         attributes = rng.sample(ATTRIBUTES, 4)
         current, name = condition, self.trained_name(condition, language)
         for i in range(rng.randint(2, 4)):
-            if i and rng.random() < 0.45:
+            if i and rng.random() < P_CHANGE:
                 current = rng.choice(self.trained)
                 name = self.trained_name(current, language)
-                attributes[i] = attributes[i - 1] if rng.random() < 0.8 else attributes[i]
+                if rng.random() < P_SAME_ATTRIBUTE:
+                    attributes[i] = attributes[i - 1]
             plan.append((current, name, attributes[i]))
         turns = converse(self.words(language), plan, language, rng)
-        if rng.random() < 0.5:
+        if rng.random() < P_OUT_OF_SCOPE:
             kind, scope_turns = self.scope_turns(language)
             # A question without a name after an unknown condition is about that one.
             i = rng.choice((0, len(turns))) if kind == "unknown" else rng.randint(0, len(turns))
             turns[i:i] = scope_turns
-        if rng.random() < 0.15:
+        if rng.random() < P_OTHER_LANGUAGE:
             other = "zh" if language == "en" else "en"
             name, attribute = self.trained_name(current, other), rng.choice(ATTRIBUTES)
             question = ask(self.words(other), attribute, name, other, rng, current.get("sex", ""))
