@@ -10,6 +10,7 @@ import torch
 from minidoctor.checkpoints.adapters import ADAPTER, CONFIG
 from minidoctor.checkpoints.peft import PICKLED, WEIGHTS
 from minidoctor.config import check, check_range
+from minidoctor.files.hub_cache import follow_snapshot
 from minidoctor.files.json_files import read_bytes
 from minidoctor.files.safetensors import read_tensors
 from minidoctor.questions.exams import SUBJECT_LISTS
@@ -109,13 +110,13 @@ def read_inputs(run: RunConfig, shots: int) -> Inputs:
 
 
 def hash_adapter(directory: str | Path) -> str:
-    files = [Path(directory) / name for name in (CONFIG, ADAPTER, WEIGHTS, PICKLED)]
+    files = [follow_snapshot(directory) / name for name in (CONFIG, ADAPTER, WEIGHTS, PICKLED)]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files if file.is_file())).hexdigest()
 
 
 def read_training_hashes(adapter: str) -> set[int] | None:
     """Return the hashes of the questions that an adapter was trained on, None if it does not record them."""
-    path = Path(adapter) / TRAINING_QUESTIONS
+    path = follow_snapshot(adapter) / TRAINING_QUESTIONS
     if not path.is_file():
         return None
     hashes = dict(read_tensors(path)).get("hashes", torch.empty(0))

@@ -17,7 +17,7 @@ from paths import ROOT
 
 from minidoctor.evaluate import evaluation, run, scoring
 from minidoctor.evaluate.evaluation import evaluate
-from minidoctor.evaluate.inputs import hash_adapter
+from minidoctor.evaluate.inputs import TRAINING_QUESTIONS, hash_adapter, read_training_hashes
 from minidoctor.evaluate.records import read_result
 from minidoctor.evaluate.summary import full_summary
 from minidoctor.files.safetensors import read_tensors, write_tensors
@@ -90,6 +90,11 @@ def test_adapter_changes_the_predictions(evaluate_program, tmp_path, adapter_dir
     assert base.protocol["adapter"] is None
     assert adapted.protocol["adapter"] == hash_adapter(adapter_dir)
     copy = shutil.copytree(adapter_dir, tmp_path / "copy")
+    cached = tmp_path / "models--org--name"
+    snapshot = shutil.copytree(adapter_dir, cached / "snapshots" / "0123abcd")
+    write_tensors(snapshot / TRAINING_QUESTIONS, {"hashes": torch.tensor([5])})
+    assert hash_adapter(cached) == hash_adapter(adapter_dir)
+    assert read_training_hashes(str(cached)) == {5}
     (copy / "adapter_results.json").write_text("{}")  # not a file of the adapter
     assert hash_adapter(copy) == hash_adapter(adapter_dir)
     (copy / "adapter_model.bin").write_bytes(b"pickled")
