@@ -41,7 +41,7 @@ STATEMENT = re.compile(
     r"(?:(?<!错误)(?<!错误的)答案|(?<!不)正确的(?:选项|选择)?|(?<!不)正确选项|最佳选择)(?:应该|应当|应)?[是为有:]{0,2}"
     r"(?:选择?(?=\s?[A-Z]))?"
     # Not every 选: 首选 and 可选 refer to treatments, 不选 and 若选 to options that are not chosen.
-    r"|(?:^|(?<=[\s,.;:。应该故题此以我则]))(?<!不.)选(?:择|:)?"
+    r"|(?:^|(?<=[\s,.;:。应该故题此以我则为得述]))(?<!不.)选(?:择|:)?|^答:"
     r"|(?i:(?<!wrong )(?<!incorrect )(?<!not the )\banswers?\b"
     r"|\b(?:correct|right|best|final|my|most \w+) (?:option|choice)s?\b)"
     r"[^.:?\n]{0,40}?(?::|$|\b(?:is|are|be)\b)"

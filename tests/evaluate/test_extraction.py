@@ -102,6 +102,11 @@ STATED_EN = [
     ("So the final answer is\n$$\\boxed{\\text{B. Pneumonia}}$$", "B"),
 ]
 STATED_ZH = [
+    ("因此，我认为选B。", "B"),
+    ("我觉得选A。", "A"),
+    ("综上所述选B", "B"),
+    ("答：B", "B"),
+    ("答: AC", "AC"),
     ("答案是C。", "C"),
     ("答案：C", "C"),
     ("答案:c", "C"),
