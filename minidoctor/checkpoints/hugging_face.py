@@ -37,6 +37,7 @@ class StoredTensor(NamedTuple):
 # Names and shapes of the model's tensors that each stored tensor contains: three for W_pack, otherwise one.
 Layout = dict[str, dict[str, tuple[int, ...]]]
 # Parts that a wrapper of the saved model has added to the names.
+EMBEDDING = "model.embed_tokens.weight"
 WRAPPERS = {"_orig_mod.": "torch.compile", "module.": "DistributedDataParallel or FSDP", "base_model.": "peft"}
 CHUNK = 2**22  # bytes that are compared at a time
 SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")  # in order of preference
@@ -120,7 +121,7 @@ def load_model(
     config, family = read_config(directory)
     stored = read_stored(directory)
     note_unused(directory, checkpoint_files(directory)[0])
-    head, embedding = stored.get("lm_head.weight"), stored.get("model.embed_tokens.weight")
+    head, embedding = stored.get("lm_head.weight"), stored.get(EMBEDDING)
     if config.tied and head and embedding and not equal_content(head, embedding):
         config = replace(config, tied=False)  # as in transformers 5
     try:
@@ -137,19 +138,20 @@ def load_model(
     loaded: dict[str, Tensor] = {}
     # Allocated before they are read: small tensors between temporary ones would fragment the memory.
     forms = {name: layer.quantize(quantize, dtype, device) for name, layer in quantized_layers(model, quantize).items()}
-    quantized_head = forms.pop("lm_head.weight", None)  # whose weight can be shared, or can have to be normalized
-    for key, weight in read_weights(stored, layout, forms.keys(), dtype, device):
+    quantized_head = "lm_head.weight" in forms
+    if config.tied and quantized_head:
+        forms[EMBEDDING] = forms.pop("lm_head.weight")
+    exact = forms.keys() - ({"lm_head.weight"} if family.normalized_head else set())
+    for key, weight in read_weights(stored, layout, exact, dtype, device):
+        if key == "lm_head.weight" and family.normalized_head:
+            for rows in weight.split(256):  # at once they would need copies in float32
+                rows /= torch.linalg.vector_norm(rows, dim=1, keepdim=True, dtype=torch.float32).clamp(min=1e-12)
         if key in forms:
             forms[key].store(weight)
-        else:
-            loaded[key] = weight
-    if family.normalized_head:
-        for rows in loaded["lm_head.weight"].split(256):  # at once they would need copies in float32
-            rows /= torch.linalg.vector_norm(rows, dim=1, keepdim=True, dtype=torch.float32).clamp(min=1e-12)
-    if config.tied:
-        loaded["lm_head.weight"] = loaded["model.embed_tokens.weight"]
-    if quantized_head:
-        quantized_head.store(loaded.pop("lm_head.weight"))
+        if key not in forms or key == EMBEDDING:
+            loaded[key] = weight.to(dtype)
+    if config.tied and not quantized_head:
+        loaded["lm_head.weight"] = loaded[EMBEDDING]
     # With the experts and the quantized weights, which are not on the device "meta".
     model.load_state_dict({name: x for name, x in model.state_dict().items() if not x.is_meta} | loaded, assign=True)
     if config.tied and not quantized_head:

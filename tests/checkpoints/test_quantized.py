@@ -61,14 +61,15 @@ def test_linear_layers_of_the_blocks_are_quantized_and_int8_includes_the_output_
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_codes_are_those_of_the_stored_weights_in_every_dtype(kind):
-    states = [
-        load_model(MODELS / "qwen3", dtype, quantize=kind).state_dict() for dtype in (torch.float32, torch.float16)
-    ]
-    different = {name for name, tensor in states[0].items() if not torch.equal(states[1][name], tensor)}
-    assert all(states[1][name].dtype == torch.float16 for name in different)
-    assert not any("proj.quantized" in name for name in different)
-    assert "model.norm.weight" in states[1].keys() - {"lm_head.quantized.codes"}
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("family", ["llama", "llama-linear"])  # stored in float32; the second is tied
+def test_codes_are_those_of_the_stored_weights_in_every_dtype(family, dtype, kind):
+    exact, cast = (load_model(MODELS / family, x, quantize=kind).state_dict() for x in (torch.float32, dtype))
+    quantized = {name for name in exact if ".quantized." in name}
+    assert ("lm_head.quantized.codes" in quantized) == (kind == "int8")
+    assert "model.layers.0.mlp.up_proj.quantized.codes" in quantized
+    assert all(torch.equal(cast[name], exact[name]) for name in quantized)
+    assert {cast[name].dtype for name in cast.keys() - quantized} == {dtype}
 
 
 def test_unknown_quantization_is_rejected_before_anything_is_read(tmp_path):
