@@ -1,6 +1,7 @@
 """An estimate of the memory of a training step, printed before the first one.
 
-    frozen weights   their size in the dtype of the base, or quantized
+    frozen weights   their size in the dtype of the base, or quantized; with --shard a process has its part
+    gathered         with --shard: embeddings, output layer and the largest block, whole
     dequantized      the largest quantized weight, as one product or gradient needs it
     trainable        16 bytes per parameter: value, gradient and AdamW's two moments in float32
     activations      the tensors saved for the backward pass, added up below for one block
@@ -11,6 +12,7 @@ The allocator's overhead is not included. `python -m minidoctor.bench memory` me
 """
 
 import re
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -42,15 +44,24 @@ def activations_per_token(model: Model) -> tuple[int, int]:
 def estimate(
     model: Model, queue: ExpertQueue | None, config: TrainConfig, n_tokens: int, n_answers: int
 ) -> dict[str, int]:
-    """Return the bytes of a step, by use, for a micro-batch of n_tokens (with padding) and n_answers answer tokens."""
+    """Return the bytes of a step, by use, for n_tokens (with padding) and n_answers answer tokens.
+
+    These are the tokens of one process in a micro-batch.
+    """
     c, size = model.config, model.lm_head.weight.element_size()
     saved, temporary = activations_per_token(model)
     layers = c.n_layers * c.dim + saved if config.recompute else c.n_layers * saved
     chunk = min(n_answers, max(1, CHUNK // c.vocab_size)) * c.vocab_size
     n_keys = queue.keys[..., 0].numel() if queue else 0
     contrast = queue.keys.numel() + n_keys * CONTRAST_COPIES * config.n_anchors if queue else 0
+    frozen = {name: x for name, x in (*model.named_parameters(), *model.named_buffers()) if not x.requires_grad}
+    blocks = Counter[str]()  # bytes of each block by its number, and of the rest by ""
+    for name, x in frozen.items():
+        blocks[name.split(".")[2] if ".layers." in name else ""] += x.nbytes
     return {
-        "frozen weights": sum(x.nbytes for x in (*model.parameters(), *model.buffers()) if not x.requires_grad),
+        # A sharded tensor's nbytes are those of the whole.
+        "frozen weights": sum(getattr(x, "to_local", lambda x=x: x)().nbytes for x in frozen.values()),
+        "gathered": blocks.pop("") + max(blocks.values()) if config.shard else 0,
         "dequantized": max(
             (w.n_weights * (4 + size) for w in model.modules() if isinstance(w, QuantizedWeight)), default=0
         ),
@@ -73,7 +84,7 @@ def free_memory(device: torch.device) -> int | None:
 
 def format_estimate(needed: Mapping[str, int], free: int | None) -> str:
     """Return the estimate as text, with advice if it exceeds the free memory. The frozen weights are loaded already."""
-    sizes = ", ".join(f"{name} {n / GIB:.2f}" for name, n in needed.items())
+    sizes = ", ".join(f"{name} {n / GIB:.2f}" for name, n in needed.items() if n)
     line = f"memory of a step: about {sum(needed.values()) / GIB:.2f} GiB ({sizes})"
     missing = sum(needed.values()) - needed["frozen weights"]
     if free is not None and missing > free:

@@ -61,7 +61,7 @@ def train(state: RunState, processes: Processes = Processes()) -> None:  # noqa:
     batches = ShuffledBatches(data.examples, config.batch_size, config.seed)
     components = Components(model, make_optimizer(model, config), make_queue(model, config))
     check(processes.size <= len(data.examples), f"{processes.size} processes for {len(data.examples)} examples")
-    print(describe(components, tokenizer, data, batches, state))
+    print(describe(components, tokenizer, data, batches, state, processes.size))
     if processes.size > 1:
         print(f"{processes.size} processes, each with its share of every batch")
     prepare_output(components, tokenizer, data, state, processes)
@@ -87,7 +87,12 @@ def train(state: RunState, processes: Processes = Processes()) -> None:  # noqa:
 
 
 def describe(
-    components: Components, tokenizer: Tokenizer, data: TrainingData, batches: ShuffledBatches, state: RunState
+    components: Components,
+    tokenizer: Tokenizer,
+    data: TrainingData,
+    batches: ShuffledBatches,
+    state: RunState,
+    n_processes: int,
 ) -> str:
     """Return the lines printed before the first step."""
     (model, _, queue), config, n = components, state.config, len(data.examples)
@@ -108,7 +113,8 @@ def describe(
             lines.append(f"note: {flag} {steps} is longer than the run: the full value is never reached")
     if state.step:
         lines.append(f"continuing after step {state.step}")
-    size = math.ceil(size / config.accumulate)  # of the largest micro-batch; below, upper bounds of its tokens
+    size = math.ceil(math.ceil(size / config.accumulate) / n_processes)  # rows of a process in the largest micro-batch
+    # Upper bounds of their tokens
     n_tokens = size * max(len(example.tokens) for example in data.examples)
     n_answers = size * max(sum(target != IGNORE for target in example.targets) for example in data.examples)
     needed = estimate(model, queue, config, n_tokens, n_answers)

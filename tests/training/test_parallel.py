@@ -23,6 +23,7 @@ from minidoctor.config import TARGETS, AdapterConfig, ModelConfig, TrainConfig
 from minidoctor.files.safetensors import read_tensors
 from minidoctor.model import Model, adapter_state, is_adapter_name, trainable_parameters
 from minidoctor.step import make_optimizer, make_queue, train_step
+from minidoctor.training.memory import estimate
 from minidoctor.training.parallel import compute_share, shard_base, take_share
 from minidoctor.training.state import read_state
 
@@ -227,6 +228,10 @@ def measure_shards(rank: int, size: int, directory: str) -> None:
         return sum(p.to_local().numel() for p in frozen) / sum(p.numel() for p in frozen)
 
     shares = [held()]
+    needed = estimate(model, None, TrainConfig(shard=True), 18, 4)
+    whole = sum(p.nbytes for p in model.parameters() if not p.requires_grad)
+    block = sum(p.nbytes for p in model.model.layers[0].parameters() if not p.requires_grad)
+    shares += [needed["frozen weights"] / whole]
     with torch.inference_mode():
         evaluated, _ = model(tokens)
     hidden, _ = model.hidden(tokens, recompute=True)
@@ -235,6 +240,7 @@ def measure_shards(rank: int, size: int, directory: str) -> None:
     gradients = all(p.grad is not None for p in trainable_parameters(model).values())
     names = list(adapter_state(model))
     result = {"shares": torch.tensor(shares), "equal": torch.equal(evaluated, expected), "gradients": gradients}
+    result["gathered"] = needed["gathered"] == whole - (SHAPE.n_layers - 1) * block
     torch.save(result | {"names": names}, f"{directory}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -247,6 +253,7 @@ def test_sharded_weights_are_halved_on_two_processes(tmp_path):
         assert result["shares"].max() <= 0.6
         assert result["equal"]
         assert result["gradients"]
+        assert result["gathered"]
         assert result["names"] == list(adapter_state(Model(SHAPE, ADAPTER)))
 
 

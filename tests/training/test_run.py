@@ -295,6 +295,21 @@ def test_the_start_reports_epochs_and_memory_of_the_real_batches(train_run, rows
     assert memory[0] == memory[1]
 
 
+def test_the_memory_is_that_of_one_process_in_a_micro_batch(train_run, monkeypatch):
+    n_rows, describe = [], run.describe
+
+    def record(model, queue, config, n_tokens, n_answers):
+        n_rows.append(n_tokens)
+        return {"frozen weights": 0}
+
+    monkeypatch.setattr(run, "estimate", record)
+    monkeypatch.setattr(run, "describe", lambda *args: "".join(describe(*args[:-1], n) for n in (1, 2, 3)))
+    train_run(steps=1, batch_size=4, accumulate=1)
+    train_run(steps=1, batch_size=4, accumulate=2)
+    longest = n_rows[0] // 4
+    assert n_rows == [longest * n for n in (4, 2, 2, 2, 1, 1)]
+
+
 def test_the_start_reports_a_warm_up_longer_than_the_run_and_the_size_of_the_queue(train_run, tmp_path, capsys):
     train_run(steps=3, warmup=3, contrast_warmup=4)
     out = capsys.readouterr().out
