@@ -118,5 +118,6 @@ def answer_questions(
                 n_truncated += "truncated" in row
                 n_empty += not is_readable(row["answer"])
                 progress.update()
-    print(f"{n_truncated} answers ended at --max-new-tokens or the context, {n_empty} are empty", file=sys.stderr)
+    new = f"of the {len(questions) - n_answered} new answers" if n_answered else "answers"
+    print(f"{n_truncated} {new} ended at --max-new-tokens or the context, {n_empty} are empty", file=sys.stderr)
     print(f"{len(questions)} answers: {out}")

@@ -53,6 +53,9 @@ def test_truncated_answers_are_marked_and_counted(answer_file, tmp_path, monkeyp
     assert all(row["truncated"] is True for row in read_rows(tmp_path / "a.jsonl"))
     assert "5 answers ended at --max-new-tokens" in errors
     assert "0 are empty" in errors
+    lines = (tmp_path / "a.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    (tmp_path / "a.jsonl").write_text("".join(lines[:4]), encoding="utf-8")
+    assert "1 of the 1 new answers ended at --max-new-tokens" in answer_file("--resume")[2]
     monkeypatch.setattr(chat, "generate", lambda _, prompts, *rest: iter([[9] * len(prompts)]))
     _, _, errors = answer_file(out=tmp_path / "b.jsonl")
     assert [set(row) for row in read_rows(tmp_path / "b.jsonl")] == [{"question", "answer"}] * 5
