@@ -174,6 +174,7 @@ class TrainConfig:
         check_range(self, "lr", "clip", "contrast_temperature", low=TINY)
         check_range(self, "weight_decay", "balance_weight", "contrast_weight", low=0)
         check_range(self, "warmup", "contrast_warmup", "seed", low=0)
+        check(bool(self.eval) or not self.leave_out_eval, "leave_out_eval needs the questions of eval")
         check(not (self.shard and self.compile), "shard and compile exclude each other")
         check_quantization(self.quantize)
         check(not self.shard or self.quantize == "none", "shard and quantize exclude each other")
