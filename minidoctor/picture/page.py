@@ -25,7 +25,7 @@ from minidoctor.training.state import STATE
 
 MAX_TOKENS = 120  # displayed of a question and its answer
 MAX_KEYS = 64  # displayed per expert; the default --queue-capacity
-MAX_ROWS = 400  # displayed of metrics.jsonl; the default --steps
+MAX_ROWS = 400  # displayed of metrics.jsonl
 
 
 def thousandths(values: Tensor) -> Any:
