@@ -37,6 +37,7 @@ SHAPE = {
         (TrainConfig, {"seed": -1}, "seed must be at least 0, got -1"),
         (TrainConfig, {"quantize": "int4"}, "quantize must be one of none, nf4, nf4-double, int8, got 'int4'"),
         (TrainConfig, {"quantize": "nf4", "shard": True}, "shard and quantize exclude each other"),
+        (TrainConfig, {"leave_out_eval": True, "eval": ""}, "leave_out_eval needs the questions of eval"),
         (SampleConfig, {"temperature": -0.5}, "temperature must be at least 0, got -0.5"),
         (
             SampleConfig,
