@@ -21,6 +21,8 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     """Return the dtype of the frozen base, "auto": bfloat16 on a GPU that has it, else float32. Raises UserError."""
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
     if name == "auto":
-        name = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
+        # By default, torch also counts GPUs that only emulate bfloat16, such as a T4.
+        has_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        name = "bfloat16" if has_bfloat16 else "float32"
     check(name in dtypes, f"dtype must be auto, {', '.join(dtypes)}, got {name!r}")
     return dtypes[name]
