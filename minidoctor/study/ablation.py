@@ -8,6 +8,7 @@ import multiprocessing
 import signal
 import sys
 from dataclasses import asdict
+from functools import lru_cache
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,14 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from minidoctor.checkpoints.hugging_face import checkpoint_hash
 from minidoctor.cli.main import exit_code
 from minidoctor.config import UserError, check
 from minidoctor.files.json_files import read_object, write_json
 from minidoctor.study.report import Summary, full_report, markdown_table, read_runs, summarize
 from minidoctor.study.run import RunResult, run_variant
 from minidoctor.study.variants import VARIANTS, AblationConfig
-from minidoctor.training.data import read_rows
+from minidoctor.training.data import hash_files, read_rows
 
 
 def run_path(out: Path, name: str, seed: int) -> Path:
@@ -29,8 +31,14 @@ def run_path(out: Path, name: str, seed: int) -> Path:
     return out / "runs" / f"{'_'.join(words)}-{seed}.json"
 
 
+@lru_cache
+def input_hashes(config: AblationConfig) -> dict[str, str]:
+    """Return hashes of the base and the questions, because their paths stay the same when they are made again."""
+    return {"base": checkpoint_hash(config.base), "data": hash_files(config.data), "eval": hash_files(config.eval)}
+
+
 def settings(name: str, config: AblationConfig) -> dict[str, Any]:
-    return {"config": asdict(config), "variant": asdict(VARIANTS[name])}
+    return {"config": asdict(config), "variant": asdict(VARIANTS[name]), "inputs": input_hashes(config)}
 
 
 def run_and_store(name: str, seed: int, config: AblationConfig, path: Path) -> None:

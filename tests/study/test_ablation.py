@@ -1,4 +1,5 @@
 import json
+import shutil
 import sys
 from dataclasses import replace
 
@@ -6,7 +7,7 @@ import pytest
 
 from minidoctor.config import UserError
 from minidoctor.study import ablation
-from minidoctor.study.ablation import ablate, run_path
+from minidoctor.study.ablation import ablate, input_hashes, run_path
 from minidoctor.study.variants import BASELINE, LORA, QUEUE, VARIANTS
 
 
@@ -28,6 +29,10 @@ def test_runs_with_other_settings_are_rejected(ablation_config, tmp_path, monkey
     before = {path: path.read_bytes() for path in tmp_path.rglob("*.json")}
     with pytest.raises(UserError, match=r"steps.*--out"):
         ablate(tmp_path, [BASELINE], 1, 1, replace(ablation_config, steps=7))
+    with monkeypatch.context() as patch:  # the same paths with other content, as after `python -m data.make_base`
+        patch.setattr(ablation, "input_hashes", lambda config: {"base": "", "data": "", "eval": ""})
+        with pytest.raises(UserError, match=r"base, data, eval.*--out"):
+            ablate(tmp_path, [BASELINE], 1, 1, ablation_config)
     monkeypatch.setitem(VARIANTS, QUEUE, replace(VARIANTS[QUEUE], contrast_weight=0.5))
     with pytest.raises(UserError, match="contrast_weight"):
         ablate(tmp_path, [BASELINE], 1, 1, ablation_config)
@@ -47,6 +52,16 @@ def test_results_that_are_not_of_the_stored_runs_are_not_replaced(name, ablation
         ablate(tmp_path / "b", [LORA], 1, 1, ablation_config)
     assert list((tmp_path / "b").iterdir()) == [existing]
     assert existing.read_bytes() == (tmp_path / "a" / name).read_bytes()
+
+
+def test_hashes_of_the_inputs_depend_on_their_content(ablation_config, tmp_path):
+    copy = shutil.copy(ablation_config.data, tmp_path / "data.jsonl")
+    config = replace(ablation_config, data=str(copy))
+    hashes = [input_hashes(ablation_config), input_hashes(config)]
+    assert hashes[0] == hashes[1]
+    copy.write_text(copy.read_text() + '{"question": "a?", "answer": "b"}\n')
+    input_hashes.cache_clear()
+    assert {key for key, value in input_hashes(config).items() if value != hashes[0][key]} == {"data"}
 
 
 def test_evaluation_questions_without_an_answer_are_rejected(ablation_config, tmp_path, in_this_process):

@@ -73,7 +73,7 @@ def test_full_report_has_a_table_of_differences_per_baseline(runs):
     assert "+2.0 (+2.0 to +2.0)" in tables[1]
 
 
-@pytest.mark.parametrize("name", ["ablation", "rank1", "rank4", "smollm2"])
+@pytest.mark.parametrize("name", ["ablation", "current_base", "rank1", "rank4", "smollm2"])
 def test_committed_summaries_equal_those_of_their_runs(name):
     path = RESULTS / f"{name}.json"
     content, summary = json.loads(path.read_text(encoding="utf-8")), asdict(summarize(read_runs(path)))
