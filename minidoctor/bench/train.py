@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from minidoctor.batching import Batch, ShuffledBatches, collate
+from minidoctor.batching import IGNORE, Batch, ShuffledBatches, collate
 from minidoctor.bench import baselines
 from minidoctor.bench.implementations import Step, make_base, make_frozen_step, make_step, random_batch
 from minidoctor.bench.memory import peak_memory
@@ -137,6 +137,10 @@ def question_batches(config: BenchConfig) -> tuple[list[Batch], list[Batch]]:
     if questions.malformed:
         print(f"{config.data}: {len(questions.malformed)} malformed rows skipped", file=sys.stderr)
     examples = [encode_conversation(row.messages, tokenizer, config.seq_len) for row in questions.rows]
+    examples = [example for example in examples if max(example.targets) != IGNORE]
+    if len(examples) < len(questions.rows):
+        n_without = len(questions.rows) - len(examples)
+        print(f"{config.data}: {n_without} questions without an answer within --seq-len skipped", file=sys.stderr)
     n = N_BATCHES * size
     check(len(examples) >= n, f"{config.data}: has {len(examples)} questions, expected {n}; lower --batch-size")
     source = ShuffledBatches(examples, size, 1).starting_at(0)

@@ -1,10 +1,13 @@
+from dataclasses import replace
+
 import pytest
 
+from minidoctor.batching import IGNORE
 from minidoctor.bench import train
 from minidoctor.bench.implementations import make_step, random_batch
 from minidoctor.bench.options import FEED_FORWARD, BenchConfig
 from minidoctor.bench.train import bench_train, count_operations, question_batches, training_steps
-from minidoctor.config import AdapterConfig, ModelConfig, TrainConfig
+from minidoctor.config import AdapterConfig, ModelConfig, TrainConfig, UserError
 from minidoctor.model import Model
 
 
@@ -57,6 +60,15 @@ def test_question_batches_are_sorted_by_length_or_shuffled(question_config):
         assert [len(batch.tokens) for batch in batches] == [4] * 8
     n_padding = [sum(int((~b.attention_mask).sum()) for b in batches) for batches in (by_length, shuffled)]
     assert n_padding[0] == 0 < n_padding[1]
+
+
+def test_questions_without_an_answer_within_the_length_are_skipped(question_config, rows_file, capsys):
+    rows = [{"question": "gout? " * (50 if i % 2 else 1), "answer": "uric acid"} for i in range(64)]
+    batches = question_batches(replace(question_config, data=str(rows_file(*rows)), seq_len=40))
+    assert all((batch.targets != IGNORE).any(1).all() for part in batches for batch in part)
+    assert "32 questions without an answer within --seq-len skipped" in capsys.readouterr().err
+    with pytest.raises(UserError, match="has 0 questions, expected 32"):
+        question_batches(replace(question_config, seq_len=4))
 
 
 def test_only_baselines_get_shuffled_questions(question_config, monkeypatch):
