@@ -45,7 +45,10 @@ def routed_example(model: Model, tokenizer: Tokenizer, row: Row, sublayer: int) 
     tokens = encode_conversation(row.messages, tokenizer, model.config.max_seq_len).tokens
     start = terminal.question_start(tokenizer, row.messages[:-1])
     experts = terminal.top1_of_tokens(model, tokens, sublayer)
-    return terminal.routed_texts(tokenizer, tokens[start:], experts[start:])[:MAX_TEXTS]
+    texts = terminal.routed_texts(tokenizer, tokens[start:], experts[start:])
+    if len(texts) > MAX_TEXTS:
+        print(f"sentence: only the first {MAX_TEXTS} of {len(texts)} tokens are drawn", file=sys.stderr)
+    return texts[:MAX_TEXTS]
 
 
 def draw_plots(
@@ -96,12 +99,19 @@ def main() -> None:
         print(line, file=sys.stderr)
     rows = [row for row in questions.rows if row.answer]
     check(bool(rows), f"{args.data}: no question has an answer")
+    if len(rows) < len(questions.rows):
+        print(f"{args.data}: {len(questions.rows) - len(rows)} questions without an answer skipped", file=sys.stderr)
     device = choose_device(args.device)
     dtype = choose_dtype(args.dtype, device)
     model, tokenizer = load(args.base, args.run, dtype, device)
     runs = [(Path(args.run), model)]
     if args.compare_run:
-        runs.append((Path(args.compare_run), load(args.base, args.compare_run, dtype, device)[0]))
+        other, other_tokenizer = load(args.base, args.compare_run, dtype, device)
+        check(
+            other_tokenizer.format == tokenizer.format,
+            f"{args.compare_run}: trained in another chat format than {args.run}, so their prompts differ",
+        )
+        runs.append((Path(args.compare_run), other))
     sublayer = terminal.choose_sublayer(model, args.layer)
     if args.out:
         draw_plots(Path(args.out), metrics, model, tokenizer, rows, sublayer)

@@ -107,8 +107,9 @@ def write_page(
     `note` is the origin of the answer. Raises UserError for a model without a router.
     """
     start, answer_start = question_start(tokenizer, messages[:-1]), len(tokenizer.chat(messages[:-1]))
-    tokens = encode_conversation(messages, tokenizer, start + MAX_TOKENS).tokens
-    if len(tokens) == start + MAX_TOKENS:
+    tokens = encode_conversation(messages, tokenizer, start + MAX_TOKENS + 1).tokens
+    if len(tokens) > start + MAX_TOKENS:
+        tokens = tokens[: start + MAX_TOKENS]
         note += f" Only the first {MAX_TOKENS} tokens are displayed."
     texts: list[str] = []
     for text, experts in routed_texts(tokenizer, tokens[start:], tokens[start:]):

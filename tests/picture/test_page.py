@@ -142,6 +142,17 @@ def test_long_conversation_is_cut_and_the_page_says_so(tmp_path, tokenizer, adap
     assert str(MAX_TOKENS) in sentence["note"]
 
 
+@pytest.mark.parametrize("n_more", [0, 1])
+def test_a_conversation_that_fits_is_not_called_cut(tmp_path, tokenizer, adapted, adapter_dir, monkeypatch, n_more):
+    messages = [QUESTION, {"role": "assistant", "content": "uric acid"}]
+    n = len(encode_conversation(messages, tokenizer, 1000).tokens) - question_start(tokenizer, messages[:1])
+    monkeypatch.setattr("minidoctor.picture.page.MAX_TOKENS", n - n_more)
+    write_page(tmp_path / "page.html", tokenizer, messages, "An answer.", [(adapter_dir, adapted)])
+    sentence = embedded(tmp_path / "page.html")["sentence"]
+    assert len(sentence["tokens"]) == n - n_more
+    assert (sentence["note"] == "An answer.") == (n_more == 0)
+
+
 def test_queue_of_another_adapter_and_non_finite_weights_are_rejected(tmp_path, adapter_dir, adapted):
     run = shutil.copytree(adapter_dir, tmp_path / "run")
     write_tensors(run / STATE, {"queue.keys": unit_vectors(4, 3, 5, 4), "queue.written": torch.zeros(4, 3).long()})
@@ -298,6 +309,11 @@ def test_program_writes_the_page_of_one_or_two_runs(program, base_dir, run_dirs,
     assert HOSTILE in data["sentence"]["note"]
     assert draw("--page", page, "--compare-run", run_dirs[1])[0] == 0
     assert [run["name"] for run in embedded(page)["runs"]] == [str(run) for run in run_dirs]
+    other = shutil.copytree(run_dirs[1], tmp_path / "other")
+    settings = json.loads((other / "adapter_config.json").read_text())
+    (other / "adapter_config.json").write_text(json.dumps(settings | {"chat_format": "plain"}))
+    code, _, errors = draw("--page", page, "--compare-run", other)
+    assert (code, "another chat format" in errors) == (2, True)
     for flags, message in (([], "--page"), ([tmp_path / "plots", "--compare-run", run_dirs[1]], "--compare-run")):
         code, _, errors = draw(*flags)
         assert code == 2
