@@ -25,7 +25,7 @@ FORMATS = {
 }
 # Further keys of OpenAI's fine-tuning API, TRL, LLaMA-Factory and axolotl: of the prompt, of a message, of the loss.
 MEANINGFUL = re.compile(
-    "system|history|context|passage|documents|tools|functions|(image|video|audio)s?"
+    "system|history|contexts?|passages?|documents|tools|functions|(image|video|audio)s?"
     "|tool_calls|tool_call_id|function_call|reasoning_content|thinking"
     "|chosen|rejected|kto_tag|weight|mask|loss_mask|train"
 )
@@ -56,7 +56,8 @@ def parse_row(record: Any, default_id: str) -> Row:
 def check_keys(record: Mapping[str, Any], supported: set[str], where: str) -> None:
     """Raise UserError for a key that would be lost, unless its value is null or empty."""
     for key, value in record.items():
-        lost = key not in supported and (key in PLAIN or key in FORMATS or MEANINGFUL.fullmatch(key))
+        name = key.lower()
+        lost = key not in supported and (name in PLAIN or name in FORMATS or MEANINGFUL.fullmatch(name))
         message = f'"{key}" is not supported in {where} and would be lost; remove it or put it into the text'
         check(not lost or is_blank(value) or value in ([], {}), message)
 

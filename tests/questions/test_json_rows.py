@@ -93,7 +93,7 @@ ALPACA = {"instruction": "x", "output": "y"}
 PLAIN = {"question": "x", "answer": "y"}
 MESSAGES = {"messages": turns("x", "y")}
 UNSUPPORTED = [
-    *[(base, key, "text") for base in (PLAIN, ALPACA, MESSAGES) for key in ("context", "passage", "documents")],
+    *[(base, key, "text") for base in (PLAIN, ALPACA, MESSAGES) for key in ("context", "Context", "passages")],
     *[(base, key, ["a.png"]) for base in (PLAIN, ALPACA, MESSAGES) for key in ("image", "images", "videos", "audios")],
     *[(base, key, "y") for base in (PLAIN, ALPACA, MESSAGES) for key in ("chosen", "rejected", "tools", "functions")],
     *[(base, key, value) for base in (PLAIN, ALPACA, MESSAGES) for key, value in (("weight", 0), ("mask", False))],
