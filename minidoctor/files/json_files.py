@@ -115,7 +115,8 @@ def write_atomically(path: Path, *chunks: bytes | memoryview) -> None:
                 os.fsync(file.fileno())
                 temporary.replace(target)
     except OSError as error:
-        raise OSError(f"{path}: cannot be written ({error.strerror}); its previous content is unchanged") from None
+        unchanged = "; its previous content is unchanged" if os.path.isfile(path) else ""
+        raise type(error)(f"{path}: cannot be written ({error.strerror}){unchanged}") from None
     finally:
         if not direct:
             with suppress(OSError):

@@ -191,6 +191,8 @@ def test_failed_write_is_reported_with_the_file(tmp_path):
         with pytest.raises(OSError, match=f"^{path}: "):
             write_atomically(path, b"text")
     assert os.listdir(tmp_path) == ["file"]
+    with pytest.raises(FileNotFoundError, match=r"\(No such file or directory\)$"):
+        write_atomically(tmp_path / "nowhere" / "a", b"text")
 
 
 @dataclass(frozen=True)
