@@ -117,7 +117,7 @@ def initialize(model: Model) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=15000, help="optimizer steps of 2,048 tokens (default 15000)")
+    parser.add_argument("--steps", type=int, default=25000, help="optimizer steps of 2,048 tokens (default 25000)")
     parser.add_argument("--seed", type=int, default=0, help="seed of text and initialization (default 0)")
     parser.add_argument("--bfloat16", action="store_true", help="autocast, faster on processors with bfloat16 products")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default auto)")

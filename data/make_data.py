@@ -47,10 +47,15 @@ P_OTHER_LANGUAGE = 0.15  # conversation that ends in the other language
 # Words of a mention that name a man or a woman, who cannot have a condition of the other sex.
 PEOPLE = {
     "en": {
-        "male": r"\b(he|him|his|father|dad|husband|brother|son|uncle|grand(father|pa)|man|boy|guy|boyfriend)\b",
-        "female": r"\b(she|her|mother|mom|mum|wife|sister|daughter|aunt|grand(mother|ma)|woman|lady|girl|girlfriend)\b",
+        "male": r"\b(he|him|his|himself|((step|grand)?(father|son))|grand(pa|dad)|grandad|dad|husband|bro|brother|uncle"
+        r"|nephew|man|gentleman|guy|lad|boy|boyfriend|bf)\b",
+        "female": r"\b(she|her|herself|((step|grand)?(mother|daughter))|grandma|gran|nan|mom|mum|wife|sister|aunt"
+        r"|niece|woman|lady|girl|girlfriend|gf)\b",
     },
-    "zh": {"male": "爸|父|爷|公|叔|弟|哥|男|他|儿子", "female": "妈|母|奶|婆|姨|姐|妹|女|她|老婆|妻"},
+    "zh": {
+        "male": "爸|父|爷|爹|公|叔|舅|弟|哥|男|他|儿子|丈夫|老头",
+        "female": "妈|母|奶|婆|姨|婶|姑|姥姥|娘|姐|妹|女|她|妻|媳妇|老太|闺蜜|生完孩子",
+    },
 }
 IS_QUESTION = re.compile("^(can|could|would|may|do|any|is|has)\\b|吗|呢|请问|谁|不可以|能不能|可不可以", re.IGNORECASE)
 
@@ -74,10 +79,10 @@ def spoil(text: str, language: str, rng: random.Random) -> str:
 def choose_mention(words: dict, language: str, sex: str, rng: random.Random) -> str:
     """Return a sentence that mentions the condition, not about a man if only women have it, and the reverse."""
     opposite = {"female": "male", "male": "female"}.get(sex)
-    mentions = words["mentions"]
-    if opposite:
-        mentions = [text for text in mentions if not re.search(PEOPLE[language][opposite], text, re.IGNORECASE)]
-    return pick(mentions, rng)
+    while True:  # most mentions are about anyone
+        mention = pick(words["mentions"], rng)
+        if not opposite or not re.search(PEOPLE[language][opposite], mention, re.IGNORECASE):
+            return mention
 
 
 def ask(
@@ -244,9 +249,13 @@ class Generator:
         return WORDINGS[split or self.split][language]
 
     def trained_name(self, condition: dict, language: str) -> str:
-        """Return a name of a condition of training that is not held out: the main one, or any other."""
-        names, held_out = condition[language], self.held_out.get((condition["id"], language))
-        others = [name for name in names["other_names"] if name != held_out]
+        """Return a name of a condition of training: the main one, or any other that contains no held-out one.
+
+        The held-out names are those of both languages, which share short forms such as TB.
+        """
+        names = condition[language]
+        held_out = [self.held_out[key].lower() for x in LANGUAGES if (key := (condition["id"], x)) in self.held_out]
+        others = [name for name in names["other_names"] if not any(part in name.lower() for part in held_out)]
         return self.rng.choice(others) if others and self.rng.random() < 0.5 else names["name"]
 
     def training_rows(self) -> Iterator[dict]:
@@ -266,7 +275,7 @@ class Generator:
         yield from self.scope_rows(None)
 
     def conversation(self, condition: dict, language: str) -> list[tuple[str, str]]:
-        """Return two to four turns, often with one out of scope, at times with one in the other language."""
+        """Return two to four turns, often with one or two out of scope, at times with one in the other language."""
         rng, plan = self.rng, list[tuple[dict, str, str]]()
         attributes = rng.sample(ATTRIBUTES, 4)
         current, name = condition, self.trained_name(condition, language)
@@ -310,7 +319,7 @@ class Generator:
         return prompt.replace("{n}", name).replace("{a}", str(a)).replace("{b}", str(b))
 
     def scope_rows(self, n: int | None) -> Iterator[dict]:
-        """Yield rows out of scope: of training all prompts several times, of an evaluation at most n per language."""
+        """Yield rows out of scope: of training all prompts and a part of the unknown names, or at most n."""
         rng = self.rng
         for language in LANGUAGES:
             words, replies, rows = self.words(language), SCOPE["replies"][language], []

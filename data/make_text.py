@@ -17,6 +17,7 @@ from typing import Any
 HERE = Path(__file__).parent
 LANGUAGES = ("en", "zh")
 ATTRIBUTES = ("department", "symptoms", "cause", "test", "treatment")
+ROUNDS = {"en": 2, "zh": 1}  # English is asked in more wordings, and with typing errors
 P_MAIN_NAME = 0.3  # the rest is shared by the other names
 P_TYPO = 0.05  # of a name or a wording, in English
 P_LOWER = 0.2  # a name or a wording without capitals, as people type it
@@ -130,7 +131,7 @@ class Writer:
     def unknown_name(self) -> str:
         """Return a condition that the table does not have: one from the list for training, or one made of parts."""
         unknown = SCOPE["unknown"]["train"][self.language]
-        if self.rng.random() < 0.5:
+        if self.rng.random() < 0.4:
             name = recombine(unknown + self.names, self.language, self.rng)
             if name.lower() not in self.known:
                 return name
@@ -228,12 +229,12 @@ class Writer:
 
 
 def declarative_text(conditions: list[dict], n_rounds: int, seed: int, cut: str = "") -> Iterator[str]:
-    """Yield paragraphs. Each round contains each fact of each condition in each language, in random order and wording.
+    """Yield paragraphs. Each round contains each fact of each condition `ROUNDS` times, in random order and wording.
 
     `cut` is inserted around names and values.
     """
     rng = random.Random(seed)
-    writers = [Writer(conditions, language, rng, cut) for language in LANGUAGES]
+    writers = [Writer(conditions, language, rng, cut) for language in LANGUAGES for _ in range(ROUNDS[language])]
     for _ in range(n_rounds):
         paragraphs = [("" if x.language == "zh" else " ").join(lines) for x in writers for lines in x.round()]
         rng.shuffle(paragraphs)

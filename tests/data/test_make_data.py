@@ -8,7 +8,7 @@ from collections import Counter, defaultdict
 
 import pytest
 
-from data.make_data import SPLITS, WORDINGS, Generator, make_files, split_conditions
+from data.make_data import SPLITS, WORDINGS, Generator, choose_mention, make_files, split_conditions
 from data.make_text import ATTRIBUTES, HERE, LANGUAGES, SCOPE, add_typo, declarative_text, read_json, read_table
 from minidoctor.checkpoints.hugging_face import load_model
 from minidoctor.questions.overlap import normalize_question, question_hash, training_hashes
@@ -20,7 +20,7 @@ BY_ID = {condition["id"]: condition for condition in CONDITIONS}
 ROWS = {name: read_questions(HERE / f"{name}.jsonl").rows for name in SPLITS}
 GENERATORS = {name: Generator(name) for name in SPLITS}
 EVALUATIONS = ("dev", "heldout")
-N_ROUNDS = 6  # of the text of the base: each contains each fact once
+N_ROUNDS = 6  # of the text of the base: each contains each fact at least once
 KINDS = {"new wording", "new condition", "new name", "all new", "follow-up", "out of scope", "multiple choice"}
 
 
@@ -114,26 +114,41 @@ def test_each_kind_asks_about_its_conditions_under_its_names(name):
 
 
 def test_a_held_out_name_never_occurs_in_train(monkeypatch):
-    # Without spaces, a wording and another name can contain it by chance, as 了解下 and 腰痛 contain 下腰痛.
-    # So the names of a second generation are marked.
-    chosen = Generator.trained_name
-    monkeypatch.setattr(Generator, "trained_name", lambda *args: f"<{chosen(*args)}>")
-    marked = {row["id"]: row["question"] for row in Generator("train").training_rows() if "question" in row}
-    questions = defaultdict(list)
-    for row in ROWS["train"]:
-        if row.kind == "question":
-            id, language = row.id.split("-")[:2]
-            if language == "zh":
-                assert re.sub("[<>]", "", marked[row.id]) == row.question
-            questions[id, language].append(marked[row.id] if language == "zh" else row.question)
-    n_questions = 0
+    chosen, used = Generator.trained_name, defaultdict(set)
+
+    def record(generator, condition, language):
+        name = chosen(generator, condition, language)
+        used[condition["id"]].add(name.lower())
+        return name
+
+    monkeypatch.setattr(Generator, "trained_name", record)
+    texts = defaultdict(list)  # of a condition, in both languages
+    for row in Generator("train").training_rows():
+        messages = row.get("messages", ({"role": "user", "content": row.get("question")},))
+        texts[row["id"].split("-")[0]] += [x["content"] for x in messages if x["role"] == "user"]
     for (id, language), name in GENERATORS["train"].held_out.items():
         assert name in BY_ID[id][language]["other_names"]
-        name = rf"\b{re.escape(name)}\b" if language == "en" else f"<{re.escape(name)}>"
-        pattern = re.compile(name, re.IGNORECASE)
-        assert not [question for question in questions[id, language] if pattern.search(question)]
-        n_questions += len(questions[id, language])
-    assert n_questions > 1000
+        assert not [other for other in used[id] if name.lower() in other], (id, name)
+        # In Chinese text a wording and another name can contain it by chance, as 了解下 and 腰痛 contain 下腰痛.
+        if name.isascii():
+            pattern = re.compile(rf"(?<![a-z0-9]){re.escape(name)}(?![a-z0-9])", re.IGNORECASE)
+            assert not [text for text in texts[id] if pattern.search(text)], (id, name)
+    assert sum(map(len, texts.values())) > 10_000
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_nobody_has_a_condition_of_the_other_sex(language):
+    rng, words = random.Random(0), WORDINGS["train"][language]
+    mentions = {
+        sex: {choose_mention(words, language, sex, rng).lower() for _ in range(5000)} for sex in ("male", "female")
+    }
+    men = {"en": ("my husband", "my grandson", "my nephew"), "zh": ("我丈夫", "我舅", "我爸")}[language]
+    women = {"en": ("my wife", "my gran ", "my niece"), "zh": ("我妻子", "我媳妇", "我姑", "我妈")}[language]
+    for sex, others in (("male", women), ("female", men)):
+        assert not [text for text in mentions[sex] if text.startswith(others)]
+    assert [text for text in mentions["male"] if text.startswith(men)]
+    assert [text for text in mentions["female"] if text.startswith(women)]
+    assert mentions["male"] & mentions["female"]
 
 
 def test_wordings_of_the_splits_differ():
