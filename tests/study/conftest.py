@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from minidoctor.study import ablation
+from minidoctor.study.sequence_variants import SequenceConfig
 from minidoctor.study.variants import AblationConfig
 
 
@@ -18,6 +19,24 @@ def ablation_config(base_dir, rows_file):
     path = str(rows_file(*rows))
     sizes = {"n_experts": 4, "rank": 2, "queue_capacity": 8, "targets": ("up_proj", "down_proj")}
     return AblationConfig(base=str(base_dir), data=path, eval=path, steps=4, batch_size=4, eval_rows=8, **sizes)
+
+
+@pytest.fixture
+def sequence_config(base_dir, rows_file):
+    """Questions of both languages, two departments and both forms, and a multiple-choice question."""
+    rows = []
+    for i in range(12):
+        question, answer = (f"gout {i}?", "uric acid") if i % 2 else (f"痛风 {i}？", "尿酸")
+        fields = {"id": str(i), "topic": "ab"[i % 4 // 2]}
+        if i % 3:
+            rows.append({"question": question, "answer": answer, **fields})
+        else:
+            messages = [("user", question), ("assistant", answer), ("user", "asthma?"), ("assistant", "a cough")]
+            rows.append({"messages": [{"role": r, "content": text} for r, text in messages], **fields})
+    rows.append({"question": "B or A?", "options": {"A": "gout", "B": "asthma"}, "answer": "B"})
+    path = str(rows_file(*rows))
+    sizes = {"n_experts": 8, "rank": 2, "queue_capacity": 1, "targets": ("up_proj", "down_proj")}
+    return SequenceConfig(base=str(base_dir), data=path, eval=path, steps=6, batch_size=2, text_paragraphs=2, **sizes)
 
 
 class InlineProcess:

@@ -1,0 +1,256 @@
+import math
+from collections import Counter
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+import torch
+from paths import ROOT
+
+from data.make_text import read_table
+from minidoctor.batching import IGNORE, collate
+from minidoctor.checkpoints.adapters import load_adapted_model
+from minidoctor.checkpoints.hugging_face import load_model
+from minidoctor.config import UserError
+from minidoctor.expert_queue import ExpertQueue
+from minidoctor.questions.json_rows import parse_row
+from minidoctor.questions.read import read_questions
+from minidoctor.step import train_step
+from minidoctor.study import sequence
+from minidoctor.study.sequence import (
+    RoutingForm,
+    declarative_examples,
+    encode_pairs,
+    measure,
+    run_sequence,
+    stage_bits,
+    stage_function,
+    train_stage,
+)
+from minidoctor.study.sequence_variants import MOE, ORACLE, SEQUENCE_VARIANTS, SPLITS, SequenceConfig, SequenceVariant
+from minidoctor.study.variants import BASELINE, LORA, QUEUE, adapter_config, train_config
+
+MOE_VARIANT = SequenceVariant()
+LANGUAGE = {"stages": ("language",), "text_paragraphs": 0}
+
+
+def make_row(question, answer, **fields):
+    return parse_row({"question": question, "answer": answer, **fields}, "1")
+
+
+@pytest.fixture
+def pairs(sequence_config, tokenizer):
+    return encode_pairs(read_questions(sequence_config.data).rows, tokenizer, sequence_config)
+
+
+def make_form(name, model, pairs, config, seed=0):
+    variant = SEQUENCE_VARIANTS[name]
+    return RoutingForm(model, variant, [example for _, example in pairs], train_config(variant, config, seed))
+
+
+def test_stages_by_language_and_form():
+    zh, en = make_row("痛风？", "尿酸"), make_row("Gout?", "uric acid", kind="new name")
+    refusal = make_row("Weather?", "I do not know.", kind="out of scope")
+    turns = [{"role": role, "content": "痛风"} for role in ("user", "assistant") * 2]
+    conversation = parse_row({"messages": turns}, "2")
+    rows = [zh, en, refusal, conversation]
+    assert [stage_function("language", rows)(row) for row in rows] == [0, 1, 1, 0]
+    assert [stage_function("form", rows)(row) for row in rows] == [0, 0, 1, 1]
+
+
+def test_departments_are_split_into_halves_of_about_equal_size():
+    counts = {"d": 5, "a": 3, "c": 4, "b": 6}
+    rows = [make_row(f"{i}?", "x", topic=topic) for topic, n in counts.items() for i in range(n)]
+    stage = stage_function("department", [*rows, make_row("?", "x")])
+    assert {topic: stage(make_row("?", "x", topic=topic)) for topic in "abcd"} == {"a": 0, "b": 0, "c": 1, "d": 1}
+    assert stage(make_row("?", "x")) is stage(make_row("?", "x", topic="other")) is None
+
+
+def test_shipped_questions_have_two_stages_in_every_split():
+    rows = read_questions(str(ROOT / "data" / "train.jsonl")).rows
+    for split in SPLITS:
+        stage = stage_function(split, rows)
+        sizes = Counter(stage(row) for row in rows)
+        assert min(sizes[0], sizes[1]) > 0.3 * len(rows), split
+
+
+def test_multiple_choice_and_truncated_prompts_are_left_out(pairs, sequence_config, tokenizer):
+    rows = read_questions(sequence_config.data).rows
+    assert 0 < len(pairs) < len(rows)
+    assert {row.id for row, _ in pairs} == {row.id for row in rows if not row.options}
+    assert encode_pairs(rows, tokenizer, replace(sequence_config, max_seq_len=3)) == []
+
+
+def test_measures_equal_those_of_single_examples(base_dir, adapter_dir, pairs, sequence_config):
+    model = load_adapted_model(base_dir, adapter_dir)
+    examples = [example for _, example in pairs]
+    for i, example in enumerate(examples[:3]):  # three that the model answers
+        tokens = torch.tensor(example.tokens)
+        greedy = model(tokens[None])[0][0].argmax(-1).tolist()
+        targets = [g if t != IGNORE else IGNORE for g, t in zip(greedy, example.targets, strict=True)]
+        examples[i] = example._replace(targets=targets)
+    form = make_form(MOE, model, pairs, sequence_config)
+    measured = measure(model, form, examples, 0)
+    correct, losses, experts = 0, [], []
+    for tokens, targets in sorted(examples, key=lambda example: len(example.tokens)):
+        logits, routings = model(torch.tensor([tokens]))
+        positions = [t for t, target in enumerate(targets) if target != IGNORE]
+        correct += all(logits[0, t].argmax() == targets[t] for t in positions)
+        losses += [-logits[0, t].log_softmax(-1)[targets[t]].item() for t in positions]
+        experts += [[r.expert_ids[0, t, 0].item() for r in routings] for t in positions]
+    assert 3 <= correct < len(examples)
+    assert measured.accuracy == correct / len(examples)
+    assert measured.loss == pytest.approx(sum(losses) / len(losses))
+    assert measured.expert_ids[:, measured.is_answer].T.tolist() == experts
+    assert measured.expert_ids.shape[1] == sum(len(example.tokens) for example in examples)
+
+
+def test_information_about_the_stage_is_one_bit_for_disjoint_experts():
+    first, second = torch.tensor([[0, 1, 0, 1], [0, 1, 2, 3]]), torch.tensor([[2, 2, 3, 3], [0, 1, 2, 3]])
+    assert stage_bits(first[:1], second[:1], 4) == pytest.approx(1)
+    assert stage_bits(first[1:], second[1:], 4) == pytest.approx(0)
+    assert stage_bits(first, second, 4) == pytest.approx(0.5)  # mean over the sublayers
+
+
+def test_text_is_that_of_the_base(sequence_config, tokenizer):
+    examples = declarative_examples(tokenizer, replace(sequence_config, text_paragraphs=5))
+    assert len(examples) == 5
+    text = "".join(tokenizer.decode(example.tokens) for example in examples)
+    names = [condition[language]["name"] for condition in read_table()[1] for language in ("en", "zh")]
+    assert any(name in text for name in names)
+    for tokens, targets in examples:
+        assert tokens[1:] == targets[:-1]
+    assert declarative_examples(tokenizer, replace(sequence_config, text_paragraphs=0)) == []
+
+
+def test_every_variant_runs_and_differs_from_the_others(sequence_config):
+    config, results = replace(sequence_config, **LANGUAGE), {}
+    for name, variant in SEQUENCE_VARIANTS.items():
+        measures = run_sequence(name, 0, config).measures
+        results[name] = measures["language_first_loss"], measures["language_second_loss"]
+        forgetting = measures["language_first_accuracy_midway"] - measures["language_first_accuracy"]
+        assert measures["language_forgetting"] == forgetting
+        assert ("language_answer_bits" in measures) == (variant.method == "moe")
+    assert len(set(results.values())) == len(SEQUENCE_VARIANTS)
+
+
+def test_oracle_gives_each_stage_its_experts(sequence_config, pairs):
+    def entropy(counts):
+        shares = [n / counts.total() for n in counts.values()]
+        return -sum(share * math.log2(share) for share in shares)
+
+    answers, tokens = Counter(), Counter()
+    for row, example in pairs:
+        answers[row.language] += sum(target != IGNORE for target in example.targets)
+        tokens[row.language] += len(example.tokens)
+    oracle, experts = (run_sequence(name, 0, replace(sequence_config, **LANGUAGE)).measures for name in (ORACLE, MOE))
+    assert oracle["language_answer_bits"] == pytest.approx(entropy(answers))
+    assert oracle["language_token_bits"] == pytest.approx(entropy(tokens))
+    assert experts["language_answer_bits"] < 0.9 * entropy(answers)
+
+
+def test_runs_of_one_seed_share_batches_and_repeat(sequence_config, monkeypatch):
+    batches, config = {}, replace(sequence_config, stages=("language", "mixed"), text_paragraphs=2)
+
+    def spy(model, optimizer, queue, micro_batches, step, train, form):
+        batches.setdefault(form.variant, []).append(micro_batches[0].tokens)
+        return train_step(model, optimizer, queue, micro_batches, step, train, form)
+
+    monkeypatch.setattr(sequence, "train_step", spy)
+    first, second = (run_sequence(name, 1, config).measures for name in (LORA, BASELINE))
+    plain, experts = batches.values()
+    assert len(plain) == len(experts) == 4 * config.steps  # two stages, and both mixed
+    assert all(torch.equal(a, b) for a, b in zip(plain, experts, strict=True))
+    assert first["language_text_loss_before"] == second["language_text_loss_before"] == first["mixed_text_loss_before"]
+    assert first["language_text_loss"] != first["language_text_loss_before"]
+    assert "mixed_forgetting" not in first
+    again = run_sequence(LORA, 1, replace(config, stages=("mixed",))).measures  # the splits do not depend on each other
+    assert again["mixed_first_loss"] == first["mixed_first_loss"]
+    assert run_sequence(LORA, 2, config).measures["language_first_loss"] != first["language_first_loss"]
+    assert not any("mixed" in key for key in run_sequence(ORACLE, 1, config).measures)
+
+
+def test_each_stage_trains_on_its_questions(sequence_config, monkeypatch):
+    stages = []
+
+    def spy(model, form, examples, train, stage):
+        stages.append((stage, examples, train.steps))
+        return [0.0]
+
+    monkeypatch.setattr(sequence, "train_stage", spy)
+    run_sequence(LORA, 0, replace(sequence_config, stages=("language", "mixed"), text_paragraphs=0))
+    (_, zh, n), (_, en, _), (_, both, twice) = stages
+    assert [stage for stage, *_ in stages] == [0, 1, 0]
+    assert (both, twice) == (zh + en, 2 * n)
+    assert not any(example in en for example in zh)
+
+
+@pytest.mark.parametrize("name", [QUEUE, "pair contrast"])
+def test_queue_remembers_earlier_stages(name, base_dir, pairs, sequence_config):
+    variant, examples = SEQUENCE_VARIANTS[name], [example for _, example in pairs]
+    model = load_model(base_dir, adapter=adapter_config(variant, sequence_config, load_model(base_dir).config))
+    form = make_form(name, model, pairs, sequence_config)
+    written = [0]
+    for stage in (0, 1):
+        train_stage(model, form, examples, train_config(variant, sequence_config, 0), stage)
+        written.append(int(form.queue.written.sum()))
+    assert all(a < b for a, b in pairwise(written))
+
+
+def test_pair_queue_stores_features_and_routing_of_sequences(base_dir, pairs, sequence_config):
+    variant, config = SEQUENCE_VARIANTS["pair contrast"], train_config(MOE_VARIANT, sequence_config, 0)
+    model = load_model(base_dir, adapter=adapter_config(variant, sequence_config, load_model(base_dir).config))
+    form = make_form("pair contrast", model, pairs, sequence_config)
+    batch = collate([example for _, example in pairs[:3]])
+    losses = form(model, batch, batch.answer_positions[:2], form.queue, config)
+    assert isinstance(form.queue, ExpertQueue)
+    form.queue.enqueue(losses.z, losses.top1, 3)
+    again = form(model, batch, batch.answer_positions[:2], form.queue, config)
+    assert losses.z.shape[:2] == losses.top1.shape == (1, 3)
+    assert torch.equal(form.queue.keys[form.queue.filled()], losses.z[0])
+    features, routing = losses.z[0].split([32, losses.z.shape[2] - 32], dim=1)
+    routing = routing.unflatten(1, (-1, sequence_config.n_experts))
+    expected = sequence.forms.pair_contrast(features, routing, features, routing)
+    torch.testing.assert_close(again.terms["contrast"], expected)
+    assert again.terms["contrast"] != losses.terms["contrast"]  # the queue was empty
+
+
+@pytest.mark.parametrize("factor", [0.0, 0.1])
+def test_slow_router_moves_by_a_part_of_the_update(factor, base_dir, pairs, sequence_config):
+    examples, moves = [example for _, example in pairs], []
+    base = load_model(base_dir).config
+    config = train_config(MOE_VARIANT, replace(sequence_config, steps=1), 0)
+    for variant in (MOE_VARIANT, replace(MOE_VARIANT, router_factor=factor)):
+        torch.manual_seed(0)
+        model = load_model(base_dir, adapter=adapter_config(variant, sequence_config, base))
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        train_stage(model, RoutingForm(model, variant, [], config), examples, config, 1)
+        moves.append({name: p.detach() - before[name] for name, p in model.named_parameters()})
+    full, slow = moves
+    assert any(move.any() for name, move in full.items() if ".router." in name)
+    for name, move in full.items():
+        expected = factor * move if ".router." in name else move
+        torch.testing.assert_close(slow[name], expected, rtol=1e-3, atol=1e-6)  # a difference of nearly equal numbers
+
+
+def test_first_stage_has_the_full_learning_rate(base_dir, pairs, sequence_config):
+    variant = replace(MOE_VARIANT, router_factor=0.0)
+    model = load_model(base_dir, adapter=adapter_config(variant, sequence_config, load_model(base_dir).config))
+    router = model.model.layers[0].mlp.router
+    before, config = router.projection.detach().clone(), train_config(variant, sequence_config, 0)
+    train_stage(model, RoutingForm(model, variant, [], config), [example for _, example in pairs], config, 0)
+    assert not torch.equal(router.projection, before)
+
+
+def test_missing_stage_raises_with_file_and_split(sequence_config, rows_file):
+    path = str(rows_file({"question": "gout?", "answer": "uric acid"}, name="english.jsonl"))
+    with pytest.raises(UserError, match=r"english\.jsonl.*language.*--stages"):
+        run_sequence(LORA, 0, replace(sequence_config, data=path))
+
+
+@pytest.mark.parametrize(
+    ("change", "key"), [({"stages": ("year",)}, "'year'"), ({"loss_only": True}, "loss_only"), ({"steps": 0}, "steps")]
+)
+def test_invalid_settings_are_rejected(change, key):
+    with pytest.raises(UserError, match=key):
+        SequenceConfig(**change)
