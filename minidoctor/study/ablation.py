@@ -7,11 +7,12 @@ import json
 import multiprocessing
 import signal
 import sys
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from functools import lru_cache
 from multiprocessing.connection import wait
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from tqdm import tqdm
@@ -20,10 +21,29 @@ from minidoctor.checkpoints.hugging_face import checkpoint_hash
 from minidoctor.cli.main import exit_code
 from minidoctor.config import UserError, check
 from minidoctor.files.json_files import read_object, write_json
-from minidoctor.study.report import Summary, full_report, markdown_table, read_runs, summarize
+from minidoctor.study.report import Report, read_runs, report_ablation
 from minidoctor.study.run import RunResult, run_variant
-from minidoctor.study.variants import VARIANTS, AblationConfig
+from minidoctor.study.sequence import run_sequence
+from minidoctor.study.sequence_report import report_sequence
+from minidoctor.study.sequence_variants import SEQUENCE_VARIANTS, SequenceConfig
+from minidoctor.study.variants import VARIANTS, AblationConfig, Variant
 from minidoctor.training.data import hash_files, read_rows
+
+
+class Experiment(NamedTuple):
+    """The parts in which the ablation on mixed data and the sequential experiment differ."""
+
+    name: str  # of the summary's file
+    variants: Mapping[str, Variant]
+    run: Callable[[str, int, Any], RunResult]
+    report: Callable[[list[RunResult]], Report]
+
+
+def experiment(config: AblationConfig) -> Experiment:
+    """Return the experiment that these settings belong to."""
+    if isinstance(config, SequenceConfig):
+        return Experiment("sequence", SEQUENCE_VARIANTS, run_sequence, report_sequence)
+    return Experiment("ablation", VARIANTS, run_variant, report_ablation)
 
 
 def run_path(out: Path, name: str, seed: int) -> Path:
@@ -38,7 +58,8 @@ def input_hashes(config: AblationConfig) -> dict[str, str]:
 
 
 def settings(name: str, config: AblationConfig) -> dict[str, Any]:
-    return {"config": asdict(config), "variant": asdict(VARIANTS[name]), "inputs": input_hashes(config)}
+    variant = asdict(experiment(config).variants[name])
+    return {"config": asdict(config), "variant": variant, "inputs": input_hashes(config)}
 
 
 def run_and_store(name: str, seed: int, config: AblationConfig, path: Path) -> None:
@@ -49,7 +70,7 @@ def run_and_store(name: str, seed: int, config: AblationConfig, path: Path) -> N
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # after Ctrl-C the parent process terminates this one
     torch.set_num_threads(1)
     try:
-        write_json(path, {**settings(name, config), "run": asdict(run_variant(name, seed, config))})
+        write_json(path, {**settings(name, config), "run": asdict(experiment(config).run(name, seed, config))})
     except Exception as error:
         if exit_code(error) is None:
             raise
@@ -63,7 +84,8 @@ def read_run(path: Path, config: AblationConfig) -> RunResult:
     try:
         result = RunResult(**content["run"])
         expected = json.loads(json.dumps(settings(result.variant, config)))  # tuples become lists, as in the file
-        keys = [key for part, fields in expected.items() for key in fields if content[part].get(key) != fields[key]]
+        pairs = [(fields, content[part]) for part, fields in expected.items()]
+        keys = [key for a, b in pairs for key in sorted(a.keys() | b.keys()) if a.get(key) != b.get(key)]
     except (KeyError, TypeError, AttributeError):
         raise UserError(f"{path}: not a run of a current variant; choose another --out") from None
     check(not keys, f"{path}: a run with other settings ({', '.join(keys)}); choose another --out")
@@ -72,7 +94,7 @@ def read_run(path: Path, config: AblationConfig) -> RunResult:
 
 def read_stored(out: Path, config: AblationConfig) -> list[RunResult]:
     """Read all stored runs, ordered by variant and seed. Raises UserError if one is not of this ablation."""
-    order = list(VARIANTS)
+    order = list(experiment(config).variants)
     runs = [read_run(path, config) for path in sorted((out / "runs").glob("*.json"))]
     return sorted(runs, key=lambda result: (order.index(result.variant), result.seed))
 
@@ -107,12 +129,12 @@ def run_missing(jobs: list[tuple[str, int, AblationConfig, Path]], n_processes: 
     return failures
 
 
-def ablate(out: Path, names: list[str], n_seeds: int, n_jobs: int, config: AblationConfig) -> Summary:
+def ablate(out: Path, names: list[str], n_seeds: int, n_jobs: int, config: AblationConfig) -> None:
     """Run the missing variants and seeds, then print and write the summary of all stored runs."""
     read_rows(config.data)  # an unreadable file ends the program here, before the first process starts
     check(all(row.answer for row in read_rows(config.eval)), f"{config.eval}: contains questions without an answer")
     stored = read_stored(out, config)
-    summary_path, table_path = out / "ablation.json", out / "table.md"
+    summary_path, table_path = out / f"{experiment(config).name}.json", out / "table.md"
     previous = read_runs(summary_path) if summary_path.exists() else []
     lost = [result for result in previous if result not in stored]
     check(not lost, f"{summary_path}: {len(lost)} of its runs are not in {out}/runs; choose another --out")
@@ -125,12 +147,11 @@ def ablate(out: Path, names: list[str], n_seeds: int, n_jobs: int, config: Ablat
     runs = read_stored(out, config)
     failure = f"{len(failures)} of {len(jobs)} runs failed, the others are stored: {'; '.join(failures):.500}"
     check(bool(runs), failure)
-    summary = summarize(runs)
-    print(full_report(summary))
-    variants = {name: asdict(VARIANTS[name]) for name in summary.seeds}
-    result = {"config": asdict(config), "variants": variants, **asdict(summary), "runs": [asdict(run) for run in runs]}
+    report = experiment(config).report(runs)
+    print(report.printed)
+    variants = {run.variant: asdict(experiment(config).variants[run.variant]) for run in runs}
+    result = {"config": asdict(config), "variants": variants, **report.summary, "runs": [asdict(run) for run in runs]}
     write_json(summary_path, result)
-    table_path.write_text(markdown_table(summary) + "\n", encoding="utf-8")
+    table_path.write_text(report.table + "\n", encoding="utf-8")
     print(f"{summary_path}  {table_path}")
     check(not failures, failure)
-    return summary

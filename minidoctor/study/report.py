@@ -7,9 +7,10 @@ same seed. It describes other seeds, not other questions.
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from minidoctor.config import UserError
 from minidoctor.files.json_files import read_object
@@ -36,6 +37,14 @@ class Summary:
     differences: dict[str, dict[str, Estimates]]  # by baseline and variant
 
 
+class Report(NamedTuple):
+    """The report of an experiment on all of its runs."""
+
+    summary: dict[str, Any]  # stored as JSON
+    printed: str
+    table: str
+
+
 # Title, unit and digits of each measure in a table
 MEASURES = {
     "trainable_parameters": ("trainable parameters", "", 0),
@@ -49,6 +58,20 @@ MEASURES = {
     "routing_churn": ("routing churn", "%", 1),
     "step_seconds": ("step", "s", 3),
     "peak_memory_gib": ("peak memory", "GiB", 2),
+    # Of the sequential experiment
+    "first_accuracy_midway": ("first stage, after it", "%", 1),
+    "first_accuracy": ("first stage, at the end", "%", 1),
+    "forgetting": ("forgetting", "%", 1),
+    "second_accuracy_midway": ("second stage, before it", "%", 1),
+    "second_accuracy": ("second stage", "%", 1),
+    "first_loss_midway": ("loss of the first stage, after it", "nats", 3),
+    "first_loss": ("loss of the first stage", "nats", 3),
+    "second_loss_midway": ("loss of the second stage, before it", "nats", 3),
+    "second_loss": ("loss of the second stage", "nats", 3),
+    "answer_bits": ("stage in answers", "bits", 2),
+    "token_bits": ("stage in all tokens", "bits", 2),
+    "text_loss_before": ("base's text, before", "nats", 3),
+    "text_loss": ("base's text", "nats", 3),
 }
 QUALITY = ("accuracy", "free_form", "multiple_choice", "nll")  # measures whose differences are estimated
 
@@ -69,7 +92,11 @@ def estimate(values: list[float]) -> Estimate:
     return Estimate(mean, (mean - half, mean + half))
 
 
-def summarize(runs: list[RunResult]) -> Summary:
+def summarize(
+    runs: list[RunResult],
+    baselines: Sequence[str] = (BASELINE, STRONG_BALANCE, LORA),
+    compared: Sequence[str] = QUALITY,
+) -> Summary:
     """Return the estimates of every variant, and of its differences to each baseline over the seeds of both."""
     by_seed: dict[str, dict[int, dict[str, float]]] = {}
     for run in runs:
@@ -79,11 +106,11 @@ def summarize(runs: list[RunResult]) -> Summary:
         for name, values in by_seed.items()
     }
     differences: dict[str, dict[str, Estimates]] = {}
-    for baseline, (name, values) in product((BASELINE, STRONG_BALANCE, LORA), by_seed.items()):
+    for baseline, (name, values) in product(baselines, by_seed.items()):
         seeds = sorted(values.keys() & by_seed.get(baseline, {}).keys())
         pairs = [(values[seed], by_seed[baseline][seed]) for seed in seeds]
         if name != baseline and pairs:
-            keys = [key for key in QUALITY if key in pairs[0][0]]
+            keys = [key for key in compared if key in pairs[0][0] and key in pairs[0][1]]
             estimates = {key: estimate([a[key] - b[key] for a, b in pairs]) for key in keys}
             differences.setdefault(baseline, {})[name] = estimates
     return Summary({name: len(values) for name, values in by_seed.items()}, measures, differences)
@@ -118,6 +145,11 @@ def markdown_table(
         cells = [format_estimate(estimates.get(key), key, signed=False) for key in measures]
         cells += [format_estimate(paired.get(key), key, signed=True) for key in differences]
         rows.append([name, str(summary.seeds[name]), *cells])
+    return align(rows)
+
+
+def align(rows: list[list[str]]) -> str:
+    """Return the Markdown table of a header and rows, without the columns that are empty."""
     filled = [column for column in zip(*rows, strict=True) if any(column[1:])]
     widths = [max(map(len, column)) for column in filled]
     lines = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in zip(*filled, strict=True)]
@@ -129,6 +161,11 @@ def full_report(summary: Summary) -> str:
     """Return a table of all measures, and one of the differences to each baseline."""
     tables = [markdown_table(summary, measures=tuple(MEASURES), differences=())]
     return "\n\n".join(tables + [markdown_table(summary, name, (), QUALITY) for name in summary.differences])
+
+
+def report_ablation(runs: list[RunResult]) -> Report:
+    summary = summarize(runs)
+    return Report(asdict(summary), full_report(summary), markdown_table(summary))
 
 
 def committed_table(file: str, baseline: str = BASELINE) -> str:

@@ -1,14 +1,17 @@
 import json
 import shutil
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 
 from minidoctor.config import UserError
+from minidoctor.files.json_files import write_json
 from minidoctor.study import ablation
-from minidoctor.study.ablation import ablate, input_hashes, run_path
-from minidoctor.study.variants import BASELINE, LORA, QUEUE, VARIANTS
+from minidoctor.study.ablation import ablate, input_hashes, read_run, run_path
+from minidoctor.study.run import RunResult
+from minidoctor.study.sequence_variants import ORACLE, SEQUENCE_VARIANTS, SequenceConfig
+from minidoctor.study.variants import BASELINE, LORA, QUEUE, VARIANTS, AblationConfig
 
 
 def test_repeated_ablation_runs_only_missing_runs(ablation_config, tmp_path, capsys, in_this_process):
@@ -40,6 +43,39 @@ def test_runs_with_other_settings_are_rejected(ablation_config, tmp_path, monkey
     with pytest.raises(UserError, match=run_path(tmp_path, QUEUE, 0).name):
         ablate(tmp_path, [BASELINE], 1, 1, ablation_config)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*.json")} == before
+
+
+@pytest.mark.parametrize("variants", [VARIANTS, SEQUENCE_VARIANTS])
+def test_every_variant_has_a_file(variants, tmp_path):
+    assert len({run_path(tmp_path, name, 0) for name in variants}) == len(variants)
+
+
+def test_repeated_sequence_runs_only_missing_runs(sequence_config, tmp_path, capsys, in_this_process):
+    config = replace(sequence_config, steps=1, stages=("language",))
+    ablate(tmp_path, [LORA], 1, 1, config)
+    path = run_path(tmp_path, LORA, 0)
+    time = path.stat().st_mtime_ns
+    ablate(tmp_path, [LORA, ORACLE], 1, 1, config)
+    assert path.stat().st_mtime_ns == time
+    content = json.loads((tmp_path / "sequence.json").read_text())
+    assert [run["variant"] for run in content["runs"]] == [LORA, ORACLE]
+    assert content["stages"]["language"]["seeds"][ORACLE] == 1
+    assert "halfway" in (tmp_path / "table.md").read_text()
+    assert "Stages by language" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"stages.*--out"):
+        ablate(tmp_path, [LORA], 1, 1, replace(config, stages=("form",)))
+
+
+def test_runs_of_the_other_experiment_are_rejected(ablation_config, sequence_config, tmp_path, in_this_process):
+    settings = asdict(replace(ablation_config, steps=1))
+    sequence = SequenceConfig(**settings | {"stages": ("language",), "text_paragraphs": 0})
+    path = run_path(tmp_path, LORA, 0)
+    for config, other in ((AblationConfig(**settings), sequence), (sequence, AblationConfig(**settings))):
+        path.parent.mkdir(exist_ok=True)
+        write_json(path, {"run": asdict(RunResult(LORA, 0, {})), **ablation.settings(LORA, config)})
+        assert read_run(path, config).variant == LORA
+        with pytest.raises(UserError, match="stages"):
+            read_run(path, other)
 
 
 @pytest.mark.parametrize("name", ["ablation.json", "table.md"])

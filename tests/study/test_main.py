@@ -9,7 +9,8 @@ import pytest
 from paths import ROOT
 
 from minidoctor.study import __main__ as study
-from minidoctor.study.variants import BASELINE, LORA, QUEUE, VARIANTS
+from minidoctor.study.sequence_variants import K_MEANS, MAIN, ORACLE, SEQUENCE_VARIANTS, SPLITS
+from minidoctor.study.variants import BASELINE, LORA, QUEUE, VARIANTS, AblationConfig
 
 
 def flags(config):
@@ -51,6 +52,24 @@ def test_quick_selects_few_steps_and_questions(monkeypatch, program):
     assert (config.eval_rows, full.eval_rows) == (40, 0)
 
 
+def test_sequence_selects_its_settings_and_variants(monkeypatch, program):
+    calls = []
+    monkeypatch.setattr(study, "ablate", lambda *arguments: calls.append(arguments))
+    program(study.main, "study", "--sequence")
+    program(study.main, "study", "--sequence", "--quick", "--stages", "form")
+    program(study.main, "study", "--sequence", "--variants", K_MEANS, "--seeds", 1)
+    program(study.main, "study")
+    (out, names, five, _, full), (quick_out, some, one, _, quick), (_, chosen, n, _, _), (*_, plain) = calls
+    assert (str(out), str(quick_out)) == ("study_sequence", "study_sequence_quick")
+    assert (names, chosen) == (list(MAIN), [K_MEANS])
+    assert {LORA, ORACLE} <= set(some) <= set(SEQUENCE_VARIANTS)
+    assert (five, one, n) == (5, 1, 1)
+    assert (full.steps, full.balance_weight, full.stages) == (100, 0.1, SPLITS)
+    assert quick.steps < 10
+    assert quick.stages == ("form",)
+    assert (type(plain), plain.balance_weight) == (AblationConfig, 0.03)
+
+
 @pytest.mark.parametrize(
     ("words", "key"),
     [
@@ -59,6 +78,9 @@ def test_quick_selects_few_steps_and_questions(monkeypatch, program):
         (["--seeds", "-1"], "--seeds"),
         (["--jobs", "0"], "--jobs"),
         (["--top-k", "9"], "top_k"),
+        (["--stages", "form"], "--sequence"),
+        (["--sequence", "--stages", "year"], "'year'"),
+        (["--sequence", "--variants", "full fine-tuning"], "full fine-tuning"),
     ],
 )
 def test_invalid_flags_end_in_one_line(words, key, program, tmp_path):
