@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 from minidoctor.study.report import committed_table
+from minidoctor.study.sequence_report import committed_split
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "minidoctor"
@@ -92,6 +93,8 @@ def check_ablation() -> None:
     check(len(tables) == 5, f"minidoctor/study/README.md: {len(tables)} marked tables, expected 5")
     for file, baseline, table in tables:
         check(committed_table(file, baseline) == table, f"minidoctor/study/README.md: the table of {file} differs")
+    for file, split, tables in re.findall(r'<!-- split: (\S+) by "(.+?)" -->\n(.*?)\n<!-- end -->', page, re.DOTALL):
+        check(committed_split(file, split) == tables, f"minidoctor/study/README.md: {split} of {file} differs")
 
 
 def main() -> None:
