@@ -7,9 +7,10 @@ from pathlib import Path
 from minidoctor.study.report import MEASURES, Report, Summary, align, markdown_table, read_runs, summarize
 from minidoctor.study.run import RunResult
 from minidoctor.study.sequence_variants import ORACLE, SPLITS
-from minidoctor.study.variants import LORA
+from minidoctor.study.variants import BASELINE, LORA
 
 HALFWAY = "halfway from LoRA to the oracle"
+BASELINES = (BASELINE, ORACLE, HALFWAY)  # besides plain LoRA
 GAINS = ("first_accuracy", "accuracy")  # accuracies in which plain LoRA and the oracle differ
 COMPARED = (*GAINS, "second_accuracy", "forgetting", "first_loss", "second_loss", "text_loss")
 SHOWN = (
@@ -41,13 +42,14 @@ def split_runs(runs: list[RunResult], split: str) -> list[RunResult]:
 
 
 def summarize_split(runs: list[RunResult], split: str) -> Summary:
-    return summarize(split_runs(runs, split), (LORA, ORACLE, HALFWAY), COMPARED)
+    return summarize(split_runs(runs, split), (LORA, *BASELINES), COMPARED)
 
 
 def gap_table(summary: Summary, measures: Sequence[str] = GAINS) -> str:
     """Return the share of the gap between plain LoRA and the oracle that each variant closes, or "" without a gap."""
     gains = summary.differences.get(LORA, {})
-    if ORACLE not in gains or not any(gains[ORACLE][key].mean for key in measures):
+    measures = [key for key in measures if key in gains.get(ORACLE, {})]
+    if not any(gains[ORACLE][key].mean for key in measures):
         return ""
     rows = [["variant", *(f"gap closed: {MEASURES[key][0]}, %" for key in measures)]]
     for name in (name for name in gains if name != HALFWAY):
@@ -59,7 +61,7 @@ def gap_table(summary: Summary, measures: Sequence[str] = GAINS) -> str:
 def split_tables(summary: Summary) -> list[str]:
     """Return the table of a split with the differences to plain LoRA, the other differences, and the closed gaps."""
     tables = [markdown_table(summary, LORA, SHOWN, GAINS)]
-    tables += [markdown_table(summary, name, (), GAINS) for name in (ORACLE, HALFWAY) if name in summary.differences]
+    tables += [markdown_table(summary, name, (), GAINS) for name in BASELINES if name in summary.differences]
     return [*tables, *filter(None, [gap_table(summary)])]
 
 

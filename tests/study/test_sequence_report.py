@@ -1,5 +1,6 @@
 import json
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -14,7 +15,7 @@ from minidoctor.study.sequence_report import (
     summarize_split,
 )
 from minidoctor.study.sequence_variants import K_MEANS, ORACLE
-from minidoctor.study.variants import LORA
+from minidoctor.study.variants import BASELINE, LORA
 
 ACCURACY = {LORA: (0.0, 0.1, 0.2), ORACLE: (0.6, 0.9, 0.9), K_MEANS: (0.4, 0.7, 0.7)}  # by seed
 
@@ -62,10 +63,12 @@ def test_closed_gap_is_the_gain_divided_by_that_of_the_oracle(runs):
 
 
 def test_tables_have_every_variant_and_baseline(runs):
-    main, *others = split_tables(summarize_split(runs, "language"))
-    assert [cells(line)[0] for line in main.splitlines()[2:]] == [LORA, ORACLE, K_MEANS, HALFWAY]
+    balance = [replace(run, variant=BASELINE) for run in runs if run.variant == LORA]
+    main, *others = split_tables(summarize_split(runs + balance, "language"))
+    assert [cells(line)[0] for line in main.splitlines()[2:]] == [LORA, ORACLE, K_MEANS, BASELINE, HALFWAY]
     assert "+50.0 (" in main  # points over plain LoRA
-    assert [name in table for name, table in zip((ORACLE, HALFWAY, "gap closed"), others, strict=True)] == [True] * 3
+    titles = (f"minus `{BASELINE}`", f"minus `{ORACLE}`", f"minus `{HALFWAY}`", "gap closed")
+    assert [title in table for title, table in zip(titles, others, strict=True)] == [True] * 4
 
 
 def test_report_has_the_splits_of_the_runs(runs):
