@@ -5,6 +5,7 @@ README.md in this directory defines the measures. A run goes through every split
 
 import itertools
 import math
+import re
 import statistics
 import time
 from collections import Counter
@@ -56,12 +57,18 @@ def stage_function(split: str, rows: list[Row]) -> Callable[[Row], int | None]:
     if split == "form":
         return lambda row: int(len(row.messages) > 2 or row.kind == OUT_OF_SCOPE)
     if split in ("language", "mixed"):
-        return lambda row: int(row.language == "en")
+        return language_stage
     counts, stages, total = Counter(row.topic for row in rows if row.topic), dict[str, int](), 0
     for topic in sorted(counts):
         stages[topic] = int(total + counts[topic] / 2 > counts.total() / 2)
         total += counts[topic]
     return lambda row: stages.get(row.topic)
+
+
+def language_stage(row: Row) -> int | None:
+    """Return 0 for Chinese, 1 for English, or None for a conversation in both languages."""
+    chinese = {bool(re.search("[\u4e00-\u9fff]", x["content"])) for x in row.messages if x["role"] == "user"}
+    return None if len(chinese) > 1 else int(not chinese.pop())
 
 
 def encode_pairs(rows: list[Row], tokenizer: Tokenizer, config: SequenceConfig) -> Pairs:

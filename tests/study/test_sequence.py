@@ -56,6 +56,10 @@ def test_stages_by_language_and_form():
     rows = [zh, en, refusal, conversation]
     assert [stage_function("language", rows)(row) for row in rows] == [0, 1, 1, 0]
     assert [stage_function("form", rows)(row) for row in rows] == [0, 0, 1, 1]
+    turns[0]["content"] = "Gout?"
+    both = parse_row({"messages": turns}, "3")
+    assert both.language == "zh"
+    assert stage_function("language", rows)(both) is None  # in neither stage, or the stages overlap
 
 
 def test_departments_are_split_into_halves_of_about_equal_size():
