@@ -115,6 +115,13 @@ class RoutingForm:
                 features = forms.mean_embeddings(model, batch.tokens, forms.prompt_mask(batch))  # (B, D)
                 self.groups.group = forms.nearest_centre(features, self.centres)  # (B,)
 
+    def expert_shares(self, model: Model) -> Tensor:
+        """Return (E*R,), for each row of A the share of the batch that its group has, times the groups, at most 1."""
+        assert self.groups and model.adapter
+        shares = self.groups.group.bincount(minlength=self.groups.n_groups) / len(self.groups.group)
+        shares = (shares * self.groups.n_groups).clamp(max=1)  # (G,)
+        return shares.repeat_interleave(self.groups.size * model.adapter.rank)
+
     def __call__(
         self, model: Model, batch: Batch, anchors: Tensor, queue: ExpertQueue | None, config: TrainConfig
     ) -> Losses:
@@ -199,10 +206,17 @@ def train_stage(
         batch = micro_batches(next(batches), 1)
         start = time.perf_counter()
         before = [p.detach().clone() for p in slow]
+        experts = {n: p for n, p in trainable_parameters(model).items() if "lora_" in n and form.variant.proportional}
+        old_experts = [p.detach().clone() for p in experts.values()]
         metrics = train_step(model, optimizer, form.queue, batch, step, train, form)
         with torch.no_grad():
             for p, old in zip(slow, before, strict=True):
                 p.lerp_(old, 1 - form.variant.router_factor)  # AdamW's update is proportional to the learning rate
+            for (name, p), old in zip(experts.items(), old_experts, strict=True):
+                # AdamW gives an expert with a few gradients updates of full size, so a few prompts that the groups
+                # misplace would make it forget.
+                shares = form.expert_shares(model)  # (E*R,)
+                p.copy_(torch.lerp(old, p, shares[:, None] if name.endswith("lora_a") else shares[None]))
         seconds.append(time.perf_counter() - start)
     last = {key: loss.item() for key, loss in metrics.losses.items()}
     check(all(map(math.isfinite, last.values())), f"losses {last} are not finite; lower the --lr")

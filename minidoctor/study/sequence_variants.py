@@ -33,6 +33,7 @@ class SequenceVariant(Variant):
     n_groups: int = 2
     only_in_use: bool = False  # balance only the experts in use
     reservoir: bool = False  # the queue is a reservoir
+    proportional: bool = False  # scale the update of a group's experts by the group's share of the batch
     router_factor: float = 1.0  # multiplies the learning rate of the router in the second stage
 
     def __post_init__(self) -> None:
@@ -64,6 +65,8 @@ SEQUENCE_VARIANTS = {
     K_MEANS: SequenceVariant(groups="k-means"),
     "k-means groups + balance, four": SequenceVariant(groups="k-means", n_groups=4),
     "contrast groups + balance": SequenceVariant(groups="contrast"),
+    "contrast groups + balance, proportional": SequenceVariant(groups="contrast", proportional=True),
+    "k-means groups + balance, proportional": SequenceVariant(groups="k-means", proportional=True),
     "contrast groups + balance, four": SequenceVariant(groups="contrast", n_groups=4),
     # Unused experts stay free.
     "+ balance in use": SequenceVariant(only_in_use=True),
