@@ -117,7 +117,8 @@ class RoutingForm:
 
     def expert_shares(self, model: Model) -> Tensor:
         """Return (E*R,), for each row of A the share of the batch that its group has, times the groups, at most 1."""
-        assert self.groups and model.adapter
+        assert self.groups
+        assert model.adapter
         shares = self.groups.group.bincount(minlength=self.groups.n_groups) / len(self.groups.group)
         shares = (shares * self.groups.n_groups).clamp(max=1)  # (G,)
         return shares.repeat_interleave(self.groups.size * model.adapter.rank)
