@@ -13,7 +13,7 @@ Shapes in comments and docstrings use these letters:
     N  tokens, flattened          G  key/value heads      R  rank of one expert
     S  positions in the cache     C  head dim             Z  routing dim
     L  sublayers with experts     F  feed-forward dim     Q  slots of the queue per expert
-    V  vocabulary                 n  positions of answer tokens, or anchors chosen from them
+    V  vocabulary                 J  groups of experts      n  positions of answer tokens, or anchors among them
 
 Expert e of a sublayer is one pair (A_e, B_e) in each adapted linear layer of that sublayer, under one gate. A sublayer
 is the attention or the feed-forward part of a block.

@@ -30,9 +30,7 @@ class Batch(NamedTuple):
     tokens: Tensor  # (B, T)
     targets: Tensor  # (B, T)
     attention_mask: Tensor  # (B, T), False on padding; for the losses, as causal attention needs none
-    answer_positions: (
-        Tensor  # (n,), indices into the B*T flattened positions; on the GPU their number would be read back
-    )
+    answer_positions: Tensor  # (n,), indices into the B*T flattened positions; a GPU would have to count them
 
     def to(self, device: torch.device) -> "Batch":
         return Batch(*(tensor.to(device, non_blocking=True) for tensor in self))

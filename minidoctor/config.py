@@ -8,21 +8,12 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+# The default targets: experts in the MLP learn the facts of the training questions by heart, see data/README.md.
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 # The linear layers of a block that can have experts, and the sublayer whose router computes their gates.
-TARGETS = {
-    "q_proj": "self_attn",
-    "k_proj": "self_attn",
-    "v_proj": "self_attn",
-    "o_proj": "self_attn",
-    "gate_proj": "mlp",
-    "up_proj": "mlp",
-    "down_proj": "mlp",
-}
-# The default: experts in the MLP learn the facts of the training questions by heart, see data/README.md.
-ATTENTION = tuple(target for target, sublayer in TARGETS.items() if sublayer == "self_attn")
+TARGETS = dict.fromkeys(ATTENTION, "self_attn") | dict.fromkeys(("gate_proj", "up_proj", "down_proj"), "mlp")
 
-# Forms of the frozen weights (ops/quantized.py).
-QUANTIZATIONS = ("none", "nf4", "nf4-double", "int8")
+QUANTIZATIONS = ("none", "nf4", "nf4-double", "int8")  # forms of the frozen weights: ops/quantized.py
 
 TINY = 1e-30  # lower bound of values that must be above 0
 LARGEST = 2**31 - 1  # excludes infinity and sizes that are surely mistakes
@@ -113,19 +104,22 @@ class AdapterConfig:
     alpha: float = flag(16.0, "the sum of the experts is multiplied by alpha / rank")
     targets: tuple[str, ...] = flag(ATTENTION, "linear layers with experts")
     routing_dim: int = flag(16, "dimension of the routing vectors")
+    n_groups: int = flag(0, "groups of experts; a token chooses from its prompt's group (1: off; 0: 2 where that fits)")
 
     def __post_init__(self) -> None:
         if self.n_experts == 1 and self.top_k == AdapterConfig.top_k:
             object.__setattr__(self, "top_k", 1)  # the default of several experts: one leaves nothing to choose
-        check_range(self, "n_experts", "rank", "routing_dim", high=4096)
+        if self.n_groups == 0:  # two groups, unless they would leave a token nothing to choose
+            object.__setattr__(self, "n_groups", 1 if self.n_experts % 2 or 2 * self.top_k >= self.n_experts else 2)
+        check_range(self, "n_experts", "rank", "routing_dim", "n_groups", high=4096)
         check_range(self, "alpha", low=TINY)
-        check_range(self, "top_k", high=self.n_experts)
+        groups, rest = self.n_groups, self.n_experts % self.n_groups
+        check(not rest, f"n_experts={self.n_experts} must be a multiple of n_groups={groups}")
+        check_range(self, "top_k", high=self.n_experts // groups)  # a token chooses within one group
         for target in self.targets:
             check(target in TARGETS, f"unknown target {target!r}, expected some of {', '.join(TARGETS)}")
-        check(
-            len(set(self.targets)) == len(self.targets) > 0,
-            f"targets must be at least one and distinct, got {self.targets}",
-        )
+        distinct = len(set(self.targets)) == len(self.targets) > 0
+        check(distinct, f"targets must be at least one and distinct, got {self.targets}")
 
 
 @dataclass(frozen=True)
@@ -164,7 +158,7 @@ class TrainConfig:
     quantize: str = flag("none", f"form of the frozen linear layers: {', '.join(QUANTIZATIONS)}")
     chat_format: str = flag("auto", "chat format (auto: the format that the checkpoint was trained in)")
     resume: bool = flag(
-        False, "continue the run in --out; only --accumulate, --recompute, --shard and --compile may differ from it"
+        False, "continue the run in --out; only --accumulate, --recompute, --shard, --compile may differ"
     )
 
     def __post_init__(self) -> None:

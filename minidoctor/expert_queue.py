@@ -47,9 +47,7 @@ class ExpertQueue(nn.Module):
         limit = min(limit, capacity, n)
         experts = torch.arange(self.keys.shape[1], device=z.device)  # (E,)
         is_top1 = top1.unsqueeze(1) == experts[:, None]  # (L, E, n)
-        number = torch.where(
-            is_top1, torch.arange(1, n + 1, device=z.device), 0
-        )  # (L, E, n), 0: another expert's token
+        number = is_top1 * torch.arange(1, n + 1, device=z.device)  # (L, E, n), 0: another expert's token
         largest, tokens = number.topk(limit, dim=-1)  # (L, E, limit): the expert's last tokens, last first, then others
         valid = largest > 0
         count = valid.sum(-1, keepdim=True)  # (L, E, 1), v below

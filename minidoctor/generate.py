@@ -79,10 +79,8 @@ def generate(
     size = max(ends)
     if config.static_cache:  # few sizes, since each one needs a CUDA graph
         size = min(math.ceil(size / STATIC_STEP) * STATIC_STEP, limit)
-    if prefix:
-        cache = prefix.expand(model.config, len(prompts), size)
-    else:
-        cache = KVCache(model.config, len(prompts), size, model.lm_head.weight)
+    n, like = len(prompts), model.lm_head.weight
+    cache = prefix.expand(model.config, n, size) if prefix else KVCache(model.config, n, size, like)
     generator = torch.Generator().manual_seed(config.seed)
     running = [True] * len(prompts)
 
@@ -126,6 +124,5 @@ def complete(
     answers: list[list[int]] = [[] for _ in prompts]
     for step in generate(model, prompts, config, stop_ids, prefix):
         for answer, token in zip(answers, step, strict=True):
-            if token is not None:
-                answer.append(token)
+            answer.extend([] if token is None else [token])
     return answers

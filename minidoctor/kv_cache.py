@@ -10,6 +10,7 @@ from itertools import chain
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from minidoctor.config import ModelConfig
@@ -37,11 +38,21 @@ class KVCache:
         self.size = max_seq_len
         self.length = 0  # positions in use by the longest row; attention covers only these
         self.rotary: tuple[Tensor, Tensor] | None = None  # (1, 1, S, C), computed at the first use
+        self.votes: Tensor | None = None  # (B, S + 1, J), sums before each position; made at the first use
 
     def reserve(self, n_rows: int, n_tokens: int) -> list[LayerCache]:
         """Count n_tokens more positions as in use, at most all, and return the first n_rows rows for each layer."""
         self.length = min(self.length + n_tokens, self.size)
         return [LayerCache(*(stored[:n_rows, :, : self.length] for stored in layer)) for layer in self.layers]
+
+    def add_votes(self, votes: Tensor, positions: Tensor) -> Tensor:
+        """Return the sums of votes (B, T, J) up to each of the positions (B or 1, T), which follow on each other."""
+        if self.votes is None:
+            self.votes = votes.new_zeros(len(self.layers[0].keys), self.size + 1, votes.shape[-1])
+        index, stored = positions.unsqueeze(-1).expand_as(votes), self.votes[: len(votes)]  # (B, T, J)
+        sums = stored.gather(1, index[:, :1]) + votes.cumsum(1)  # (B, T, J)
+        stored.scatter_(1, index + 1, sums)
+        return sums
 
     def fix_shapes(self) -> None:
         """Let attention cover all positions from now on, so that the shapes no longer depend on the length.
@@ -56,6 +67,8 @@ class KVCache:
         """Return a larger cache in which every row starts with this cache's only row."""
         cache = KVCache(config, batch_size, max_seq_len, self.layers[0].keys)
         cache.length = self.length
+        if self.votes is not None:
+            cache.votes = F.pad(self.votes.expand(batch_size, -1, -1), (0, 0, 0, max_seq_len - self.size))
         for target, source in zip(chain.from_iterable(cache.layers), chain.from_iterable(self.layers), strict=True):
             target[:, :, : self.length] = source[:, :, : self.length]
         return cache

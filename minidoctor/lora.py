@@ -16,6 +16,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from minidoctor.config import AdapterConfig
 from minidoctor.ops.linear import Linear, linear
 
 
@@ -54,3 +55,9 @@ class LoRAExperts(Linear):
         y = super().forward(rows) if frozen is None else frozen.flatten(0, -2)
         y.addmm_(hidden, lora_b.T, alpha=self.scale)  # (N, D_out)
         return y.unflatten(0, x.shape[:-1])  # (B, T, D_out)
+
+
+def make_linear(d_in: int, d_out: int, name: str, adapter: AdapterConfig | None, bias: bool = False) -> Linear:
+    if adapter and name in adapter.targets:
+        return LoRAExperts(d_in, d_out, adapter.n_experts, adapter.rank, adapter.alpha, bias)
+    return Linear(d_in, d_out, bias)

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from minidoctor.ops.cross_entropy import chunked_cross_entropy
 
+AllReduce = Callable[[list[Tensor]], None]  # sums each tensor over the processes, in place
+
 
 def language_model_loss(hidden: Tensor, head: Tensor, targets: Tensor, answer_positions: Tensor) -> Tensor:
     """Return the summed negative log-likelihood of the answer tokens, in nats.
@@ -23,13 +25,11 @@ def language_model_loss(hidden: Tensor, head: Tensor, targets: Tensor, answer_po
 
 
 def load_balance_loss(
-    probs: Tensor,
-    expert_ids: Tensor,
-    attention_mask: Tensor,
-    all_reduce: Callable[[list[Tensor]], None] | None = None,
+    probs: Tensor, expert_ids: Tensor, attention_mask: Tensor, all_reduce: AllReduce | None = None, n_groups: int = 1
 ) -> Tensor:
     """Return E * sum_e f_e p_e of one sublayer: 1 when all experts are used equally, at most E/K.
 
+    With groups of experts, it is that of each group's tokens and experts, averaged by their numbers of tokens.
     probs (B, T, E), expert_ids (B, T, K), attention_mask (B, T) False on padding. f_e is the share of the K choices
     that fell on expert e, p_e its mean probability; the gradient flows through p_e. Computed per sublayer: the
     concatenation of two collapsed sublayers can look balanced. With several processes, `all_reduce` makes f that
@@ -45,7 +45,10 @@ def load_balance_loss(
         all_reduce([counts, n_tokens])
     f = counts / (n_tokens * expert_ids.shape[-1])  # (E,)
     p = (probs * mask).sum((0, 1)) / n_tokens  # (E,)
-    return n_experts * (f * p).sum()
+    # Those of group j are f / w and p / w with its share w, so its loss E/J * sum f p / w^2 enters the mean with w.
+    share = f.unflatten(0, (n_groups, -1)).sum(1, keepdim=True)  # (J, 1)
+    products = (f * p).unflatten(0, (n_groups, -1)) / share.clamp_min(torch.finfo(f.dtype).tiny)  # (J, E/J)
+    return n_experts / n_groups * products.sum()
 
 
 def contrastive_routing_loss(z: Tensor, gates: Tensor, keys: Tensor, filled: Tensor, temperature: float) -> Tensor:

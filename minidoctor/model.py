@@ -21,12 +21,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from minidoctor.config import TARGETS, AdapterConfig, ModelConfig
+from minidoctor.config import AdapterConfig, ModelConfig
 from minidoctor.kv_cache import KVCache, LayerCache
-from minidoctor.lora import LoRAExperts
-from minidoctor.ops.linear import Linear, joined_product
+from minidoctor.lora import make_linear
+from minidoctor.ops.linear import Linear
 from minidoctor.ops.precision import at_least_float32
-from minidoctor.router import Router, Routing
+from minidoctor.router import PromptGroups, Routing, make_router, project, project_all
 
 
 class RMSNorm(nn.Module):
@@ -97,15 +97,18 @@ def alibi_slopes(n_heads: int, device: torch.device) -> Tensor:
 
 
 class PositionInfo(NamedTuple):
-    """Rotary table, attention mask and cache index of the tokens, computed once for all layers."""
+    """Rotary table, attention mask, cache index and group of the tokens, computed once for all layers."""
 
     rotary: tuple[Tensor, Tensor] | None  # cosines and signed sines (B, 1, T, C); None: ALiBi
     mask: Tensor | None  # (B, 1, T, S), 0 or -inf, or (B, H, T, S) with the ALiBi bias; None: causal, or T = 1
     cache_index: Tensor | None  # (B, G, T, C), position of each token in the cache
+    group: Tensor | None  # (B, T), the group of experts that each token chooses from
 
 
-def position_info(config: ModelConfig, x: Tensor, positions: Tensor | None, cache: KVCache | None) -> PositionInfo:
-    """Return the PositionInfo of x (B, T, D), for which the cache has reserved its last T positions.
+def position_info(
+    config: ModelConfig, x: Tensor, positions: Tensor | None, cache: KVCache | None, groups: PromptGroups | None = None
+) -> PositionInfo:
+    """Return the PositionInfo of embeddings x (B, T, D), for which the cache has reserved its last T positions.
 
     Without `positions` (B, T) every row has these or, without a cache, 0 ... T-1. The first dimension is then 1.
     """
@@ -114,7 +117,7 @@ def position_info(config: ModelConfig, x: Tensor, positions: Tensor | None, cach
     all_keys = positions is None and n_tokens in (1, n_keys)  # the tokens attend to all keys that are not after them
     if positions is None:
         positions = torch.arange(n_keys - n_tokens, n_keys, device=x.device)[None]  # (1, T)
-    rotary = mask = cache_index = None
+    rotary = mask = cache_index = group = None
     if not config.alibi:
         rotary = rotary_lookup(config, positions, x, cache)
     if (cache and not all_keys) or config.alibi or 0 < config.window < n_keys:
@@ -130,34 +133,10 @@ def position_info(config: ModelConfig, x: Tensor, positions: Tensor | None, cach
         mask = mask.masked_fill(excluded, -torch.inf)  # (B, 1 or H, T, S)
     if cache:
         cache_index = positions[:, None, :, None].expand(n_rows, config.n_kv_heads, n_tokens, config.head_dim)
-    return PositionInfo(rotary, mask, cache_index)
-
-
-def make_linear(d_in: int, d_out: int, name: str, adapter: AdapterConfig | None, bias: bool = False) -> Linear:
-    if adapter and name in adapter.targets:
-        return LoRAExperts(d_in, d_out, adapter.n_experts, adapter.rank, adapter.alpha, bias)
-    return Linear(d_in, d_out, bias)
-
-
-def make_router(dim: int, sublayer: str, adapter: AdapterConfig | None) -> Router | None:
-    """Return the router shared by a sublayer's adapted linear layers; None for plain LoRA or if none is adapted."""
-    if adapter and adapter.n_experts > 1 and any(TARGETS[target] == sublayer for target in adapter.targets):
-        return Router(dim, adapter.n_experts, adapter.top_k, adapter.routing_dim)
-    return None
-
-
-def project(layer: Linear, x: Tensor, routing: Routing | None) -> Tensor:
-    """Apply a linear layer, with the gates of the routing if it has experts."""
-    return layer(x, routing.gates) if isinstance(layer, LoRAExperts) and routing else layer(x)
-
-
-def project_all(layers: list[Linear], x: Tensor, routing: Routing | None) -> list[Tensor]:
-    """Apply linear layers to the same input, with one frozen product if they are joined."""
-    products = joined_product(layers, x)  # (B, T, D_out) of each layer
-    if products is None:
-        return [project(layer, x, routing) for layer in layers]
-    gates, pairs = routing.gates if routing else None, zip(layers, products, strict=True)
-    return [layer(x, gates, y) if isinstance(layer, LoRAExperts) else y for layer, y in pairs]
+    if groups:
+        votes = groups(x)  # (B, T, J)
+        group = (cache.add_votes(votes, positions) if cache else votes.cumsum(1)).argmax(-1)  # (B, T)
+    return PositionInfo(rotary, mask, cache_index, group)
 
 
 class Attention(nn.Module):
@@ -180,7 +159,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, info: PositionInfo, cache: LayerCache | None) -> tuple[Tensor, Routing | None]:
         """(B, T, D) -> (B, T, D) and the routing."""
-        routing = self.router(x) if self.router else None
+        routing = self.router(x, info.group) if self.router else None
         q, k, v = (
             projected.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for projected in project_all([self.q_proj, self.k_proj, self.v_proj], x, routing)
@@ -205,9 +184,9 @@ class FeedForward(nn.Module):
         self.down_proj = make_linear(config.ffn_dim, config.dim, "down_proj", adapter)
         self.router = make_router(config.dim, "mlp", adapter)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Routing | None]:
-        """(B, T, D) -> (B, T, D) and the routing."""
-        routing = self.router(x) if self.router else None
+    def forward(self, x: Tensor, group: Tensor | None) -> tuple[Tensor, Routing | None]:
+        """(B, T, D) and group (B, T) -> (B, T, D) and the routing."""
+        routing = self.router(x, group) if self.router else None
         gate, up = project_all([self.gate_proj, self.up_proj], x, routing)  # (B, T, F)
         return project(self.down_proj, F.silu(gate) * up, routing), routing  # (B, T, D)
 
@@ -226,7 +205,7 @@ class Block(nn.Module):
         """(B, T, D) -> (B, T, D) and the routings of the sublayers with experts."""
         attended, attention_routing = self.self_attn(self.input_layernorm(x), info, cache)
         x = x + attended
-        fed, mlp_routing = self.mlp(self.post_attention_layernorm(x))
+        fed, mlp_routing = self.mlp(self.post_attention_layernorm(x), info.group)
         return x + fed, [r for r in (attention_routing, mlp_routing) if r]
 
 
@@ -253,6 +232,7 @@ class Model(nn.Module):
         self.lm_head = Linear(config.dim, config.vocab_size, bias=False)
         if config.tied:
             self.lm_head.weight = self.model.embed_tokens.weight
+        self.groups = PromptGroups(config.dim, adapter.n_groups) if adapter and adapter.n_groups > 1 else None
         if adapter:
             for name, parameter in self.named_parameters():
                 parameter.requires_grad_(is_adapter_name(name))
@@ -267,7 +247,9 @@ class Model(nn.Module):
         """
         x = self.model.embed_tokens(tokens)  # (B, T, D)
         layer_caches = [None] * self.config.n_layers if cache is None else cache.reserve(*tokens.shape)
-        info = position_info(self.config, x, positions, cache)  # after `reserve`, which counts the new positions
+        info = position_info(
+            self.config, x, positions, cache, self.groups
+        )  # after `reserve`, which counts the new positions
         routings: list[Routing] = []
         for block, layer_cache in zip(self.model.layers, layer_caches, strict=True):
             if recompute:
@@ -286,11 +268,11 @@ class Model(nn.Module):
 
 
 def is_adapter_name(name: str) -> bool:
-    return ".router." in name or name.endswith((".lora_a", ".lora_b"))
+    return ".router." in name or name.startswith("groups.") or name.endswith((".lora_a", ".lora_b"))
 
 
 def adapter_state(model: Model) -> dict[str, Tensor]:
-    """Return the tensors of experts and routers by name."""
+    """Return the tensors of experts, routers and groups by name."""
     return {name: tensor for name, tensor in model.state_dict().items() if is_adapter_name(name)}
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from minidoctor.batching import Batch
 from minidoctor.config import TrainConfig
 from minidoctor.expert_queue import ExpertQueue
-from minidoctor.losses import contrastive_routing_loss, language_model_loss, load_balance_loss
+from minidoctor.losses import AllReduce, contrastive_routing_loss, language_model_loss, load_balance_loss
 from minidoctor.model import Model, trainable_parameters
 from minidoctor.router import Router, Routing
 
@@ -79,7 +79,6 @@ class Losses(NamedTuple):
     top1: Tensor | None  # (L, n)
 
 
-AllReduce = Callable[[list[Tensor]], None]  # sums each tensor over the processes, in place
 LossFunction = Callable[[Model, Batch, Tensor, ExpertQueue | None, TrainConfig], Losses]
 
 
@@ -99,12 +98,28 @@ def compute_losses(
     terms = {"lm": language_model_loss(hidden, head, batch.targets, batch.answer_positions)}
     if not routings:
         return Losses(terms, [], None, None)
-    balance = [load_balance_loss(r.probs, r.expert_ids, batch.attention_mask, all_reduce) for r in routings]
+    n_groups = model.adapter.n_groups if model.adapter else 1
+    balance = [load_balance_loss(r.probs, r.expert_ids, batch.attention_mask, all_reduce, n_groups) for r in routings]
     terms["balance"] = torch.stack(balance).mean()
     z, gates, top1 = gather_routing(routings, anchors)
     if queue is not None:
         terms["contrast"] = contrastive_routing_loss(z, gates, queue.keys, queue.filled(), config.contrast_temperature)
     return Losses(terms, routings, z.detach(), top1)
+
+
+@torch.no_grad()
+def scale_updates(model: Model, before: list[Tensor], group: Tensor, n_groups: int) -> None:
+    """Scale the last update of each group's experts by J times the group's share of the anchors (n,), at most 1.
+
+    AdamW's updates have full size for any number of gradients: a few misplaced tokens would make a group forget.
+    """
+    groups = torch.arange(n_groups, device=group.device)  # (J,)
+    factors = ((group.unsqueeze(-1) == groups).float().mean(0) * n_groups).clamp(max=1)  # (J,)
+    for (name, p), old in zip(trainable_parameters(model).items(), before, strict=True):
+        if name.endswith(("router.embeddings", "lora_a")):  # (E, Z), (E*R, D_in)
+            p.copy_(torch.lerp(old, p, factors.repeat_interleave(len(p) // n_groups).unsqueeze(-1)))
+        elif name.endswith("lora_b"):  # (D_out, E*R)
+            p.copy_(torch.lerp(old, p, factors.repeat_interleave(p.shape[1] // n_groups)))
 
 
 def train_step(
@@ -151,12 +166,16 @@ def train_step(
         all_reduce([*(p.grad for p in parameters), *sums.values()])
     grad_norm = torch.nn.utils.clip_grad_norm_(parameters, config.clip)
     optimizer.param_groups[0]["lr"] = lr = learning_rate(step, config)
+    before = [p.detach().clone() for p in parameters] if model.groups else []
     optimizer.step()
     optimizer.zero_grad()
 
     expert_load = torch.zeros(0, 0, device=device)
     if anchor_routing and model.adapter:
         z, top1 = (torch.cat(tensors, dim=1) for tensors in zip(*anchor_routing, strict=True))  # (L, n, Z), (L, n)
+        if model.groups:
+            n_groups, n_experts = model.adapter.n_groups, model.adapter.n_experts
+            scale_updates(model, before, top1[0] * n_groups // n_experts, n_groups)
         experts = torch.arange(model.adapter.n_experts, device=device)  # (E,)
         expert_load = (top1.unsqueeze(-1) == experts).float().mean(1)  # (L, E)
         if queue is not None:  # after the loss: a token must not find itself among the keys

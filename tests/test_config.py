@@ -19,7 +19,7 @@ SHAPE = {
     ("config", "values", "message"),
     [
         (AdapterConfig, {"top_k": 9}, "top_k must be at least 1 and at most 8, got 9"),
-        (AdapterConfig, {"top_k": 0}, "top_k must be at least 1 and at most 8, got 0"),
+        (AdapterConfig, {"top_k": 0}, "top_k must be at least 1 and at most 4, got 0"),
         (AdapterConfig, {"n_experts": 0}, "n_experts must be at least 1 and at most 4096, got 0"),
         (AdapterConfig, {"rank": -1}, "rank must be at least 1 and at most 4096, got -1"),
         (AdapterConfig, {"alpha": float("nan")}, "alpha must be above 0, got nan"),
@@ -68,6 +68,27 @@ def test_one_expert_is_plain_lora_without_further_settings():
     assert AdapterConfig(n_experts=1).top_k == 1
     assert AdapterConfig(n_experts=1, top_k=1) == AdapterConfig(n_experts=1)
     assert AdapterConfig(n_experts=2).top_k == 2
+
+
+@pytest.mark.parametrize(
+    ("n_experts", "top_k", "n_groups"), [(8, 2, 2), (8, 3, 2), (8, 4, 1), (7, 2, 1), (4, 2, 1), (1, 1, 1)]
+)
+def test_two_groups_are_the_default_where_they_leave_a_choice(n_experts, top_k, n_groups):
+    assert AdapterConfig(n_experts, top_k).n_groups == n_groups
+    assert AdapterConfig(4, 2, n_groups=2).n_groups == 2  # as requested
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"n_groups": 3}, "n_experts=8 must be a multiple of n_groups=3"),
+        ({"n_groups": 4, "top_k": 3}, "top_k must be at least 1 and at most 2, got 3"),
+        ({"n_groups": -1}, "n_groups must be at least 1"),
+    ],
+)
+def test_groups_that_do_not_fit_are_rejected(settings, message):
+    with pytest.raises(UserError, match=message):
+        AdapterConfig(**settings)
 
 
 def test_the_default_run_has_all_three_losses():

@@ -3,6 +3,7 @@
 import math
 import random
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -105,6 +106,22 @@ def test_balance_equals_counting_without_padding():
     torch.testing.assert_close(load_balance_loss(probs, expert_ids, mask), torch.tensor(expected))
     probs[~mask], expert_ids[~mask] = 0.9, 0
     torch.testing.assert_close(load_balance_loss(probs, expert_ids, mask), torch.tensor(expected))
+
+
+@pytest.mark.parametrize("groups", [[0, 1, 1], [0, 0, 0]])  # the second without tokens of one group
+def test_balance_with_groups_is_the_mean_of_those_of_each_group(groups):
+    torch.manual_seed(0)
+    group = torch.tensor(groups).repeat(2, 4)  # (B, T)
+    part = torch.randn(2, 12, 3).softmax(-1)
+    ids, mask = part.topk(2).indices + 3 * group.unsqueeze(-1), torch.rand(2, 12) > 0.3
+    is_first = (group == 0).unsqueeze(-1)
+    probs = torch.cat([part * is_first, part * ~is_first], dim=-1)  # (B, T, 6)
+    expected = 0.0
+    for g in set(groups):
+        chosen = mask & (group == g)
+        expected += chosen.sum() / mask.sum() * load_balance_loss(part, ids - 3 * g, chosen)
+    torch.testing.assert_close(load_balance_loss(probs, ids, mask, n_groups=2), expected)
+    assert not torch.allclose(load_balance_loss(probs, ids, mask), expected)
 
 
 def test_language_model_loss_equals_cross_entropy_on_all_positions():

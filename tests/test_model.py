@@ -33,6 +33,7 @@ from minidoctor.ops.linear import join_projections
 
 TINY = ModelConfig(vocab_size=50, dim=32, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=8, ffn_dim=48)
 EVERYWHERE = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+GROUPED = AdapterConfig(n_experts=8, routing_dim=8, targets=EVERYWHERE, n_groups=2)
 MODELS = FIXTURES / "models"
 FAMILIES = sorted(path.name for path in MODELS.iterdir())
 
@@ -83,7 +84,7 @@ def test_cached_logits_of_every_family_equal_an_independent_implementation(famil
 
 
 def test_joined_projections_with_experts_equal_separate_ones():
-    model, tokens = tiny_model(AdapterConfig(n_experts=4, routing_dim=8, targets=EVERYWHERE)), torch.randint(50, (2, 9))
+    model, tokens = tiny_model(GROUPED), torch.randint(50, (2, 9))
     seed, results = torch.randn(2, 9, 50), []
     for joined in (False, True):
         if joined:
@@ -145,7 +146,7 @@ def test_stored_logits_differ_for_a_wrong_switch(family, change):
 
 
 def test_no_token_attends_to_later_tokens():
-    model = tiny_model(AdapterConfig(n_experts=4, routing_dim=8, targets=EVERYWHERE))
+    model = tiny_model(GROUPED)
     tokens = torch.randint(0, 50, (2, 10))
     logits, routings = model(tokens)
     for t in range(9):
@@ -158,8 +159,38 @@ def test_no_token_attends_to_later_tokens():
             assert torch.equal(ours.gates[:, : t + 1], theirs.gates[:, : t + 1])
 
 
+def test_tokens_choose_from_the_group_with_the_most_votes_so_far():
+    model, tokens = tiny_model(GROUPED), torch.randint(0, 50, (6, 9))
+    _, routings = model(tokens)
+    chosen = set()
+    for row in range(6):
+        votes = torch.zeros(2)
+        for t in range(9):
+            embedding = model.model.embed_tokens.weight[tokens[row, t]]
+            votes += torch.stack([(embedding - model.groups.mean) @ centre for centre in model.groups.centres])
+            group = int(votes.argmax())
+            assert all(set(r.expert_ids[row, t].tolist()) <= set(range(4 * group, 4 * group + 4)) for r in routings)
+            chosen.add(group)
+    assert chosen == {0, 1}
+
+
+def test_votes_continue_those_of_a_prefix():
+    model, tokens = tiny_model(GROUPED), torch.randint(0, 50, (2, 9))
+    tokens[:, :4] = tokens[0, :4]
+    with torch.no_grad():
+        full, _ = model(tokens)
+        prefix = KVCache(TINY, 1, 4, model.lm_head.weight)
+        model(tokens[:1, :4], cache=prefix)
+        cache = prefix.expand(TINY, 2, 9)
+        torch.testing.assert_close(model(tokens[:, 4:6], cache=cache)[0], full[:, 4:6])
+        torch.testing.assert_close(model(tokens[:, 6:], cache=cache)[0], full[:, 6:])
+        prefix.votes += torch.tensor([0.0, 1e6])  # the test could not fail if the votes did not matter
+        other, _ = model(tokens[:, 4:6], cache=prefix.expand(TINY, 2, 9))
+    assert not torch.allclose(other, full[:, 4:6])
+
+
 def test_cached_steps_equal_the_full_forward_for_rows_of_different_lengths():
-    model = tiny_model(AdapterConfig(n_experts=4, routing_dim=8, targets=EVERYWHERE))
+    model = tiny_model(GROUPED).double()
     tokens = torch.randint(0, 50, (3, 12))
     lengths = torch.tensor([7, 3, 5])  # each row's prompt; the rest follows one token at a time
     with torch.no_grad():
@@ -185,7 +216,7 @@ def test_right_padding_does_not_change_the_logits():
 def test_adapted_model_equals_the_base_bit_for_bit_before_training(tmp_path):
     save_model(tiny_model(), tmp_path, torch.float32)
     tokens = torch.randint(0, 50, (2, 10))
-    adapter = AdapterConfig(n_experts=4, routing_dim=8, targets=EVERYWHERE)
+    adapter = GROUPED
     adapted, base = load_model(tmp_path, adapter=adapter), load_model(tmp_path)
     logits, routings = adapted(tokens)
     assert torch.equal(logits, base(tokens)[0])
@@ -196,8 +227,8 @@ def test_adapted_model_equals_the_base_bit_for_bit_before_training(tmp_path):
 def test_only_experts_and_routers_are_trainable():
     model = tiny_model(AdapterConfig(targets=("gate_proj", "up_proj", "down_proj")))
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
-    assert trained == set(adapter_state(model))
-    assert all(is_adapter_name(name) for name in trained)
+    assert trained | {"groups.centres", "groups.mean"} == set(adapter_state(model))
+    assert all(is_adapter_name(name) for name in adapter_state(model))
     per_layer = 3 * 2 + 3  # A and B of three linears; the router's projection, embeddings and scale
     assert len(trained) == 2 * per_layer
 
@@ -237,7 +268,7 @@ def test_rotation_rotates_each_pair_by_its_angle():
 
 def test_a_bfloat16_base_trains_float32_experts(tmp_path):
     save_model(tiny_model(), tmp_path)
-    model = load_model(tmp_path, torch.bfloat16, adapter=AdapterConfig(n_experts=4, routing_dim=8, targets=EVERYWHERE))
+    model = load_model(tmp_path, torch.bfloat16, adapter=GROUPED)
     logits, _ = model(torch.randint(0, 50, (2, 10)))
     logits.float().logsumexp(-1).mean().backward()
     assert logits.dtype == torch.bfloat16
@@ -306,7 +337,7 @@ def test_forward_and_cached_decoding_run_on_the_meta_device(family):
     """No tensor is on another device and no value is read back: either one raises an error on `meta`."""
     config = load_model(MODELS / family).config
     with torch.no_grad(), torch.device("meta"):
-        model = Model(config, AdapterConfig(n_experts=4, routing_dim=8, targets=EVERYWHERE)).to("meta")
+        model = Model(config, GROUPED).to("meta")
         cache = KVCache(config, 2, 40, model.lm_head.weight)
         for n_tokens in (20, 1, 1):
             start = cache.length
@@ -347,7 +378,7 @@ def test_alibi_slopes_equal_the_published_definition(n_heads):
 def alibi_model(n_heads: int) -> Model:
     torch.manual_seed(0)
     shape = replace(TINY, alibi=True, n_heads=n_heads, n_kv_heads=n_heads, max_seq_len=12)
-    return Model(shape, AdapterConfig(n_experts=4, routing_dim=8, targets=EVERYWHERE)).eval()
+    return Model(shape, GROUPED).eval()
 
 
 @pytest.mark.parametrize("n_heads", [4, 6])

@@ -64,3 +64,20 @@ def test_routing_is_not_stored_on_the_module(router):
     before = set(vars(router))
     router(torch.randn(2, 3, 12))
     assert set(vars(router)) == before
+
+
+def test_token_with_a_group_is_routed_as_if_there_were_no_other_experts():
+    torch.manual_seed(0)
+    router, x = Router(dim=12, n_experts=6, top_k=2, routing_dim=4, n_groups=2), torch.randn(2, 3, 12)
+    group = torch.tensor([[0, 1, 1], [1, 0, 0]])
+    routing = router(x, group)
+    for g in (0, 1):
+        part = Router(dim=12, n_experts=3, top_k=2, routing_dim=4)
+        state = router.state_dict()
+        part.load_state_dict(state | {"embeddings": state["embeddings"][3 * g : 3 * g + 3]})
+        alone, is_group, others = part(x), group == g, [e for e in range(6) if e // 3 != g]
+        torch.testing.assert_close(routing.gates[is_group][:, 3 * g : 3 * g + 3], alone.gates[is_group])
+        torch.testing.assert_close(routing.probs[is_group][:, 3 * g : 3 * g + 3], alone.probs[is_group])
+        assert torch.equal(routing.expert_ids[is_group], alone.expert_ids[is_group] + 3 * g)
+        assert not routing.gates[is_group][:, others].any()
+        assert not routing.probs[is_group][:, others].any()

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from minidoctor import step as step_module
 from minidoctor.batching import Batch, ShuffledBatches, collate, micro_batches
 from minidoctor.checkpoints.hugging_face import load_model
 from minidoctor.config import TARGETS, AdapterConfig, TrainConfig
@@ -22,6 +23,7 @@ from minidoctor.step import compute_losses, learning_rate, make_optimizer, make_
 from minidoctor.text.tokenizer import encode_conversation
 
 ADAPTER_CONFIG = AdapterConfig(n_experts=4, top_k=2, rank=2, alpha=4.0, routing_dim=4, targets=tuple(TARGETS))
+GROUPED = dataclasses.replace(ADAPTER_CONFIG, n_experts=8, n_groups=2)
 
 
 def read_examples(config, tokenizer):
@@ -168,10 +170,11 @@ class NoSynchronization(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_step_has_no_host_device_synchronization(make_config, tokenizer):
+@pytest.mark.parametrize("adapter", [ADAPTER_CONFIG, GROUPED])
+def test_step_has_no_host_device_synchronization(adapter, make_config, tokenizer):
     config = make_config()
     torch.manual_seed(0)
-    model = load_model(config.base, adapter=ADAPTER_CONFIG)
+    model = load_model(config.base, adapter=adapter)
     optimizer, queue = make_optimizer(model, config), make_queue(model, config)
     batch = next(ShuffledBatches(read_examples(config, tokenizer), config.batch_size, 0).starting_at(0))
     parts = micro_batches(batch, 2)
@@ -210,10 +213,11 @@ def test_step_reports_the_load_of_the_anchors_and_the_fill_of_the_queue(make_con
     assert 0 < filled < 16 * config.queue_capacity
 
 
-def test_step_runs_on_the_meta_device(make_config, tokenizer):
+@pytest.mark.parametrize("adapter", [ADAPTER_CONFIG, GROUPED])
+def test_step_runs_on_the_meta_device(adapter, make_config, tokenizer):
     """No tensor is on another device and no value is read back: either one raises an error on `meta`."""
     config = make_config()
-    model = load_model(config.base, adapter=ADAPTER_CONFIG).to("meta")
+    model = load_model(config.base, adapter=adapter).to("meta")
     optimizer, queue = make_optimizer(model, config), make_queue(model, config)
     batches = micro_batches(read_examples(config, tokenizer)[:6], 2)
     for step in range(2):
@@ -236,3 +240,38 @@ def test_bfloat16_step_on_a_gpu_is_close_to_float32_on_the_cpu(make_config, toke
         )
     assert losses[1] == pytest.approx(losses[0], rel=0.03)  # bfloat16 has 8 significant bits
     assert losses[0][2] < losses[0][0]
+
+
+def test_update_of_a_group_is_scaled_by_its_share_of_the_anchors(make_config, tokenizer, monkeypatch):
+    config = make_config(n_anchors=5, lr=0.1, warmup=0)
+    batch, chosen = micro_batches(read_examples(config, tokenizer)[:8], 1), []
+
+    def spy(*arguments):
+        chosen.append(compute_losses(*arguments))
+        return chosen[-1]
+
+    def moves():
+        torch.manual_seed(0)
+        model = load_model(config.base, adapter=GROUPED)
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                if name.endswith("lora_b"):
+                    nn.init.normal_(p, std=0.3)
+        before = {name: p.detach().clone() for name, p in trainable_parameters(model).items()}
+        train_step(model, make_optimizer(model, config), None, batch, 0, config, spy)
+        return {name: p.detach() - before[name] for name, p in trainable_parameters(model).items()}
+
+    scaled = moves()
+    monkeypatch.setattr(step_module, "scale_updates", lambda *_: None)
+    share = (chosen[0].top1[0] >= 4).float().mean().item()  # of the second group
+    factors = torch.tensor([min(1, 2 * (1 - share)), min(1, 2 * share)])
+    assert factors.min() not in (0, 1)
+    for name, move in moves().items():
+        if name.endswith("lora_a"):
+            move *= factors.repeat_interleave(8)[:, None]
+        elif name.endswith("lora_b"):
+            move *= factors.repeat_interleave(8)
+        elif name.endswith("embeddings"):
+            move *= factors.repeat_interleave(4)[:, None]
+        torch.testing.assert_close(scaled[name], move, rtol=1e-5, atol=1e-6)
+        assert move.any()

@@ -72,7 +72,7 @@ def training_steps(base: Model, config: BenchConfig) -> dict[str, Callable[[], S
         return base if config.quantize == "none" else make_base(replace(config, quantize="none"))
 
     experts, train = config.experts, config.train
-    lora, eager = replace(experts, n_experts=1, top_k=1), replace(train, compile=False)
+    lora, eager = replace(experts, n_experts=1, top_k=1, n_groups=1), replace(train, compile=False)
     steps: dict[str, Callable[[], Step]] = {
         "minidoctor": partial(make_step, base, experts, train),
         "minidoctor, no contrast": partial(make_step, base, experts, replace(train, contrast_weight=0.0)),

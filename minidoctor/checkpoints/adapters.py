@@ -55,7 +55,8 @@ def read_adapter_config(directory: Path, base: str | Path) -> AdapterConfig:
     path = directory / CONFIG
     content, present = read_object(path), dataclasses.asdict(read_model_config(base))
     try:
-        adapter, trained_on = from_json(AdapterConfig, content["adapter"]), content["base"]
+        # Adapters without the field were trained before there were groups.
+        adapter, trained_on = from_json(AdapterConfig, {"n_groups": 1} | content["adapter"]), content["base"]
         # Fields of ModelConfig that were added since the training have their defaults.
         before = {key: trained_on["model"].get(key, getattr(ModelConfig, key, None)) for key in present}
         # Earlier versions wrote "fingerprint". The hash comes last, because a difference in shape explains more.

@@ -19,13 +19,13 @@ from minidoctor.cli.flags import add_flags, from_flags
 from minidoctor.cli.main import run
 from minidoctor.config import check
 from minidoctor.study.ablation import ablate
-from minidoctor.study.sequence_variants import K_MEANS, MAIN, ORACLE, SEQUENCE_VARIANTS, SequenceConfig
+from minidoctor.study.sequence_variants import GROUPS, ORACLE, SEQUENCE_VARIANTS, SequenceConfig
 from minidoctor.study.variants import BASELINE, LORA, QUEUE, VARIANTS, AblationConfig
 
 # The test runs: variants, seeds and settings
 QUICK_ABLATION = [LORA, BASELINE, QUEUE], 2, {"steps": 12, "eval_rows": 40}
 QUICK_SEQUENCE = (
-    [LORA, BASELINE, QUEUE, ORACLE, K_MEANS],
+    [LORA, BASELINE, ORACLE, GROUPS],
     1,
     {"steps": 6, "eval_rows": 60, "text_paragraphs": 20, "stages": ("language", "mixed")},
 )
@@ -42,8 +42,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, help="number of seeds, from 0 (default 5, with --quick 2, of sequences 1)")
     parser.add_argument(
         "--variants",
-        help=f"variants separated by semicolons (default all: {'; '.join(VARIANTS)}; with "
-        f"--sequence the first {len(MAIN)} of: {'; '.join(SEQUENCE_VARIANTS)})",
+        help=f"variants separated by semicolons (default all: {'; '.join(VARIANTS)}; "
+        f"with --sequence: {'; '.join(SEQUENCE_VARIANTS)})",
     )
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="parallel runs, one core each (default all)")
     parser.add_argument("--quick", action="store_true", help="few steps, few questions, some of the variants")
@@ -53,7 +53,7 @@ def main() -> None:
     only = sorted({"stages", "text_paragraphs"} & flags.keys())
     check(sequence or not only, f"{', '.join(only)}: settings of the sequential experiment; add --sequence")
     kind, variants = (SequenceConfig, SEQUENCE_VARIANTS) if sequence else (AblationConfig, VARIANTS)
-    default: tuple[list[str], int, dict[str, Any]] = list(MAIN if sequence else VARIANTS), 5, {}
+    default: tuple[list[str], int, dict[str, Any]] = list(variants), 5, {}
     names, n_seeds, preset = (QUICK_SEQUENCE if sequence else QUICK_ABLATION) if quick else default
     config = from_flags(kind, {**preset, **flags})
     if flags["variants"]:

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minidoctor.batching import IGNORE, Batch, Example, ShuffledBatches, collate, micro_batches
+from minidoctor.batching import IGNORE, Example, ShuffledBatches, collate, micro_batches
 from minidoctor.checkpoints.families import read_model_config
 from minidoctor.checkpoints.hugging_face import load_model
 from minidoctor.config import TrainConfig, UserError, check
@@ -27,15 +27,15 @@ from minidoctor.model import Model, trainable_parameters
 from minidoctor.picture.statistics import Top1, joint_distribution, mutual_information
 from minidoctor.questions.read import read_questions
 from minidoctor.questions.rows import Row
-from minidoctor.step import Losses, compute_losses, make_optimizer, make_queue, train_step
-from minidoctor.study import routing_forms as forms
+from minidoctor.router import PromptGroups
+from minidoctor.step import make_optimizer, make_queue, train_step
 from minidoctor.study.run import RunResult, evaluation_rows
-from minidoctor.study.sequence_variants import SEQUENCE_VARIANTS, SequenceConfig, SequenceVariant
+from minidoctor.study.sequence_variants import SEQUENCE_VARIANTS, SequenceConfig
 from minidoctor.study.variants import adapter_config, train_config
 from minidoctor.text.tokenizer import Tokenizer, encode_conversation, load_tokenizer
+from minidoctor.training.groups import learn_groups
 
 TEXT_SEED = 999_999  # of no text that the base was pretrained on: data/make_base.py counts up from 0
-N_PROMPTS = 500  # unlabelled prompts for the centres of groups
 
 Pairs = list[tuple[Row, Example]]
 
@@ -90,80 +90,31 @@ def declarative_examples(tokenizer: Tokenizer, config: SequenceConfig) -> list[E
     return [Example(tokens[:-1][: config.max_seq_len], tokens[1:][: config.max_seq_len]) for tokens in ids]
 
 
-class RoutingForm:
-    """The loss function of a variant, which first chooses the groups of experts, and its queue."""
+class OracleGroups(PromptGroups):
+    """Votes for the group with the number of the stage, which no prompt tells."""
 
-    def __init__(self, model: Model, variant: SequenceVariant, prompts: list[Example], train: TrainConfig):
-        self.variant, self.centres, self.stage = variant, None, 0
-        self.groups = forms.ExpertGroups(model, variant.n_groups) if variant.groups else None
-        if variant.groups in ("k-means", "contrast"):
-            self.centres = find_centres(model, variant, prompts, train.seed)
-        self.queue = make_queue(model, train)
-        if self.queue is not None:
-            n_layers, n_experts, capacity, dim = self.queue.keys.shape
-            if variant.contrast == "pair":  # one ring of sequences, with as many slots as all rings of a sublayer
-                dim, capacity = model.config.dim + n_layers * n_experts, n_experts * capacity
-                n_layers = n_experts = 1
-            self.queue = ExpertQueue(n_layers, n_experts, capacity, dim)
-            if variant.reservoir:
-                self.queue = forms.ReservoirQueue(n_layers, n_experts, capacity, dim, train.seed)
+    stage = 0
 
-    def choose_groups(self, model: Model, batch: Batch) -> None:
-        if self.groups:
-            self.groups.group = torch.tensor([self.stage])
-            if self.centres is not None:
-                features = forms.mean_embeddings(model, batch.tokens, forms.prompt_mask(batch))  # (B, D)
-                self.groups.group = forms.nearest_centre(features, self.centres)  # (B,)
-
-    def expert_shares(self, model: Model) -> Tensor:
-        """Return (E*R,), for each row of A the share of the batch that its group has, times the groups, at most 1."""
-        assert self.groups
-        assert model.adapter
-        shares = self.groups.group.bincount(minlength=self.groups.n_groups) / len(self.groups.group)
-        shares = (shares * self.groups.n_groups).clamp(max=1)  # (G,)
-        return shares.repeat_interleave(self.groups.size * model.adapter.rank)
-
-    def __call__(
-        self, model: Model, batch: Batch, anchors: Tensor, queue: ExpertQueue | None, config: TrainConfig
-    ) -> Losses:
-        self.choose_groups(model, batch)
-        pairs = self.variant.contrast == "pair"
-        losses = compute_losses(model, batch, anchors, None if pairs else queue, config)
-        mask = batch.attention_mask
-        if self.groups:
-            losses.terms["balance"] = torch.stack([self.groups.balance(r, mask) for r in losses.routings]).mean()
-        if self.variant.only_in_use:
-            losses.terms["balance"] = torch.stack([forms.balance_in_use(r, mask) for r in losses.routings]).mean()
-        if pairs and queue is not None:
-            features = forms.mean_embeddings(model, batch.tokens, forms.prompt_mask(batch))  # (B, D)
-            routing = forms.sequence_routing(losses.routings, mask)  # (B, L, E)
-            key_features, key_routing = queue.keys[queue.filled()].split([features.shape[1], routing[0].numel()], dim=1)
-            key_routing = key_routing.unflatten(1, routing.shape[1:])  # (M, L, E)
-            losses.terms["contrast"] = forms.pair_contrast(features, routing, key_features, key_routing)
-            keys = torch.cat([features, routing.detach().flatten(1)], dim=1).unsqueeze(0)  # (1, B, D + L*E)
-            losses = losses._replace(z=keys, top1=torch.zeros(keys.shape[:2], dtype=torch.long))
-        return losses
+    def forward(self, embeddings: Tensor) -> Tensor:
+        votes = torch.zeros(*embeddings.shape[:2], len(self.centres))  # (B, T, J)
+        votes[..., self.stage] = 1.0
+        return votes
 
 
-def find_centres(model: Model, variant: SequenceVariant, prompts: list[Example], seed: int) -> Tensor:
-    """Return the centres (G, D) of groups of prompts. The contrast has two random halves of the tokens as views."""
-    batch = collate(prompts)
-    mask = forms.prompt_mask(batch)  # (n, T)
-    if variant.groups == "k-means":
-        return forms.k_means_centres(forms.mean_embeddings(model, batch.tokens, mask), variant.n_groups, seed)
-    half = torch.rand(mask.shape, generator=torch.Generator().manual_seed(seed)) < 0.5  # (n, T)
-    views = [forms.mean_embeddings(model, batch.tokens, mask & part) for part in (half, ~half)]
-    return forms.contrast_centres(torch.stack(views), variant.n_groups, seed)
+def set_stage(model: Model, stage: int) -> None:
+    """Tell the oracle the stage of the questions that follow."""
+    if isinstance(model.groups, OracleGroups):
+        model.groups.stage = stage
 
 
 @torch.inference_mode()
-def measure(model: Model, form: RoutingForm, examples: list[Example], stage: int) -> Measured:
+def measure(model: Model, examples: list[Example], stage: int) -> Measured:
     """Measure examples of one stage under teacher forcing."""
     examples = sorted(examples, key=lambda example: len(example.tokens))  # for less padding
-    form.stage, n_correct, loss, ids, is_answer = stage, 0, 0.0, list[Tensor](), list[Tensor]()
+    set_stage(model, stage)
+    n_correct, loss, ids, is_answer = 0, 0.0, list[Tensor](), list[Tensor]()
     for start in range(0, len(examples), 32):
         batch = collate(examples[start : start + 32])
-        form.choose_groups(model, batch)
         hidden, routings = model.hidden(batch.tokens)  # (B, T, D)
         logits = model.lm_head(hidden.flatten(0, 1)[batch.answer_positions])  # (n, V)
         targets = batch.targets.flatten()[batch.answer_positions]  # (n,)
@@ -188,36 +139,22 @@ def stage_bits(first: Tensor, second: Tensor, n_experts: int) -> float:
     return mutual_information(joint).mean().item()
 
 
-def text_loss(model: Model, form: RoutingForm, examples: list[Example]) -> float:
+def text_loss(model: Model, examples: list[Example]) -> float:
     """Return nats per token of a text. That of the oracle is a mean over both stages, because a text has none."""
-    stages = (0, 1) if form.variant.groups == "oracle" else (0,)
-    return statistics.fmean(measure(model, form, examples, stage).loss for stage in stages)
+    stages = (0, 1) if isinstance(model.groups, OracleGroups) else (0,)
+    return statistics.fmean(measure(model, examples, stage).loss for stage in stages)
 
 
 def train_stage(
-    model: Model, form: RoutingForm, examples: list[Example], train: TrainConfig, stage: int
+    model: Model, queue: ExpertQueue | None, examples: list[Example], train: TrainConfig, stage: int
 ) -> list[float]:
     """Train with a new optimizer and schedule, and return the seconds of each step."""
-    form.stage, optimizer = stage, make_optimizer(model, train)
-    batches = ShuffledBatches(examples, train.batch_size, train.seed).starting_at(0)
-    routers = [p for name, p in trainable_parameters(model).items() if ".router." in name]
-    slow = routers if stage and form.variant.router_factor < 1 else []
+    set_stage(model, stage)
+    optimizer, batches = make_optimizer(model, train), ShuffledBatches(examples, train.batch_size, train.seed)
     seconds = []
-    for step in range(train.steps):
-        batch = micro_batches(next(batches), 1)
+    for step, batch in zip(range(train.steps), batches.starting_at(0), strict=False):
         start = time.perf_counter()
-        before = [p.detach().clone() for p in slow]
-        experts = {n: p for n, p in trainable_parameters(model).items() if "lora_" in n and form.variant.proportional}
-        old_experts = [p.detach().clone() for p in experts.values()]
-        metrics = train_step(model, optimizer, form.queue, batch, step, train, form)
-        with torch.no_grad():
-            for p, old in zip(slow, before, strict=True):
-                p.lerp_(old, 1 - form.variant.router_factor)  # AdamW's update is proportional to the learning rate
-            for (name, p), old in zip(experts.items(), old_experts, strict=True):
-                # AdamW gives an expert with a few gradients updates of full size, so a few prompts that the groups
-                # misplace would make it forget.
-                shares = form.expert_shares(model)  # (E*R,)
-                p.copy_(torch.lerp(old, p, shares[:, None] if name.endswith("lora_a") else shares[None]))
+        metrics = train_step(model, optimizer, queue, micro_batches(batch, 1), step, train)
         seconds.append(time.perf_counter() - start)
     last = {key: loss.item() for key, loss in metrics.losses.items()}
     check(all(map(math.isfinite, last.values())), f"losses {last} are not finite; lower the --lr")
@@ -233,7 +170,7 @@ def run_split(
     out.
     """
     variant, mixed = SEQUENCE_VARIANTS[name], split == "mixed"
-    if mixed and variant.groups == "oracle":
+    if mixed and variant.oracle:
         return {}
     stage = stage_function(split, [row for row, _ in questions])
     train, test = ([[e for row, e in pairs if stage(row) == s] for s in (0, 1)] for pairs in (questions, tests))
@@ -243,25 +180,27 @@ def run_split(
     model = load_model(config.base, adapter=adapter_config(variant, config, read_model_config(config.base)))
     assert model.adapter
     stage_config = train_config(variant, replace(config, steps=2 * config.steps) if mixed else config, seed)
-    prompts = [example for _, example in questions[:: max(1, len(questions) // N_PROMPTS)]]
-    form = RoutingForm(model, variant, prompts, stage_config)
+    learn_groups(model, [example for _, example in questions], seed)
+    if variant.oracle:
+        model.groups = OracleGroups(model.config.dim, variant.n_groups)
+    queue = make_queue(model, stage_config)
     measures = {"trainable_parameters": float(sum(p.numel() for p in trainable_parameters(model).values()))}
     if text:
-        measures["text_loss_before"] = text_loss(model, form, text)
+        measures["text_loss_before"] = text_loss(model, text)
     if mixed:
-        seconds = train_stage(model, form, train[0] + train[1], stage_config, 0)
+        seconds = train_stage(model, queue, train[0] + train[1], stage_config, 0)
     else:
-        seconds = train_stage(model, form, train[0], stage_config, 0)
-        first, second = (measure(model, form, test[s], s) for s in (0, 1))
+        seconds = train_stage(model, queue, train[0], stage_config, 0)
+        first, second = (measure(model, test[s], s) for s in (0, 1))
         measures |= stage_measures(first, second, "_midway")
-        seconds += train_stage(model, form, train[1], stage_config, 1)
-    first, second = (measure(model, form, test[s], s) for s in (0, 1))
+        seconds += train_stage(model, queue, train[1], stage_config, 1)
+    first, second = (measure(model, test[s], s) for s in (0, 1))
     measures |= stage_measures(first, second)
     measures |= {"accuracy": (first.accuracy + second.accuracy) / 2, "step_seconds": statistics.median(seconds)}
     if not mixed:
         measures["forgetting"] = measures["first_accuracy_midway"] - first.accuracy
     if text:
-        measures["text_loss"] = text_loss(model, form, text)
+        measures["text_loss"] = text_loss(model, text)
     if (n_experts := model.adapter.n_experts) > 1:
         answers = [part.expert_ids[:, part.is_answer] for part in (first, second)]
         measures["answer_bits"] = stage_bits(answers[0], answers[1], n_experts)

@@ -1,6 +1,6 @@
 """The variants of the ablation: their adapters, training settings and losses."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -9,7 +9,7 @@ from minidoctor.batching import Batch
 from minidoctor.config import TARGETS, AdapterConfig, ModelConfig, TrainConfig, check_range, flag
 from minidoctor.expert_queue import ExpertQueue
 from minidoctor.losses import contrastive_routing_loss
-from minidoctor.model import Model, adapter_state
+from minidoctor.model import Model, trainable_parameters
 from minidoctor.router import Routing
 from minidoctor.step import Losses, compute_losses, gather_routing
 
@@ -55,6 +55,7 @@ class Variant:
     contrast: str = ""  # origin of the keys: "queue" or "batch"
     contrast_weight: float = 0.0
     contrast_temperature: float = 0.1
+    n_groups: int = 1
 
 
 BASELINE, STRONG_BALANCE, LORA = "+ balance", "+ balance, 10x weight", "LoRA, same trainable parameters"
@@ -78,6 +79,7 @@ def adapter_config(variant: Variant, config: AblationConfig, base: ModelConfig) 
     if variant.method == "full":
         return None
     experts = AdapterConfig(config.n_experts, config.top_k, config.rank, 2.0 * config.rank, config.targets)
+    experts = replace(experts, n_groups=variant.n_groups)
     if variant.method == "moe":
         return experts
     rank = config.top_k * config.rank
@@ -89,7 +91,7 @@ def adapter_config(variant: Variant, config: AblationConfig, base: ModelConfig) 
 
 def n_parameters(base: ModelConfig, adapter: AdapterConfig) -> int:
     with torch.device("meta"):
-        return sum(tensor.numel() for tensor in adapter_state(Model(base, adapter)).values())
+        return sum(p.numel() for p in trainable_parameters(Model(base, adapter)).values())
 
 
 def train_config(variant: Variant, config: AblationConfig, seed: int) -> TrainConfig:

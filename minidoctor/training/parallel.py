@@ -82,6 +82,8 @@ def shard_base(model: Model, device: torch.device, processes: Processes) -> None
     adapter = set(trainable_parameters(model).values())
     for parameter in adapter:
         parameter.data = parameter.data.to(device)
+    if model.groups:
+        model.groups.to(device)
     for block in model.model.layers:
         fully_shard(block, mesh=mesh, ignored_params=adapter)
     # Embedding and output layer stay gathered after the forward pass, because the loss needs them.

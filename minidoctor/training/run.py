@@ -26,6 +26,7 @@ from minidoctor.ops.quantized import QuantizedWeight
 from minidoctor.step import compute_losses, make_optimizer, make_queue, train_step
 from minidoctor.text.tokenizer import Tokenizer, load_tokenizer
 from minidoctor.training.data import TrainingData, load_data
+from minidoctor.training.groups import learn_groups
 from minidoctor.training.log import MetricsLog
 from minidoctor.training.memory import estimate, format_estimate, free_memory
 from minidoctor.training.parallel import compute_share, reshard, shard_base
@@ -55,9 +56,10 @@ def train(state: RunState, processes: Processes = Processes()) -> None:  # noqa:
     check_vocabulary(config.base, model, tokenizer)
     if tensor := find_non_finite(model):
         raise UserError(f"{config.base}: {tensor} contains NaN or infinity; the checkpoint is damaged, get it again")
+    data = load_data(config, tokenizer, model.config.max_seq_len)
+    learn_groups(model, data.examples, config.seed)
     if config.shard:
         shard_base(model, device, processes)
-    data = load_data(config, tokenizer, model.config.max_seq_len)
     batches = ShuffledBatches(data.examples, config.batch_size, config.seed)
     components = Components(model, make_optimizer(model, config), make_queue(model, config))
     check(processes.size <= len(data.examples), f"{processes.size} processes for {len(data.examples)} examples")
@@ -105,6 +107,8 @@ def describe(
         lines.append(f"{config.base}: {n_quantized:,} of the frozen parameters are quantized to {config.quantize}")
     lines += [f"{config.base}: {tokenizer.note}"]
     lines += [f"{config.data}: {n:,} examples in batches of {size}, {epochs:.1f} epochs"]
+    if model.groups:
+        lines.append(f"{state.adapter.n_groups} groups of experts, learned from the prompts of the examples")
     if queue:
         kib = sum(buffer.nbytes for buffer in queue.buffers()) / 1024
         lines.append(f"expert queue: {kib:,.0f} KiB, for every batch size and sequence length")

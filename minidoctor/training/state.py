@@ -59,7 +59,7 @@ class Components(NamedTuple):
 def state_tensors(components: Components, moments: Mapping[int, Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """Return the tensors of a training state by name, without copying. `moments` is AdamW's state by parameter."""
     parameters = trainable_parameters(components.model)
-    tensors: dict[str, Tensor] = dict(parameters)
+    tensors = adapter_state(components.model)
     for i, name in enumerate(parameters):
         tensors |= {f"optimizer.{key}.{name}": value for key, value in moments.get(i, {}).items()}
     if components.queue:
@@ -94,7 +94,11 @@ def read_state(out: Path) -> RunState:
         raise FileNotFoundError(f"{out}: no run to resume, {STATE} is missing")
     _, metadata = read_header(path)
     try:
-        state: RunState = from_json(RunState, json.loads(metadata["run"]))
+        run = json.loads(metadata["run"])
+        run["adapter"] = {"n_groups": 1} | run[
+            "adapter"
+        ]  # runs without the field were started before there were groups
+        state: RunState = from_json(RunState, run)
         return state
-    except (KeyError, ValueError, RecursionError) as error:
+    except (KeyError, ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{path}: not a training state of this version ({error!r:.80})") from None

@@ -31,7 +31,8 @@ def sequence_config(base_dir, rows_file):
         if i % 3:
             rows.append({"question": question, "answer": answer, **fields})
         else:
-            messages = [("user", question), ("assistant", answer), ("user", "asthma?"), ("assistant", "a cough")]
+            again = ("asthma?", "a cough") if i % 2 else ("哮喘？", "咳嗽")
+            messages = [("user", question), ("assistant", answer), ("user", again[0]), ("assistant", again[1])]
             rows.append({"messages": [{"role": r, "content": text} for r, text in messages], **fields})
     rows.append({"question": "B or A?", "options": {"A": "gout", "B": "asthma"}, "answer": "B"})
     path = str(rows_file(*rows))

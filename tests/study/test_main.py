@@ -9,7 +9,7 @@ import pytest
 from paths import ROOT
 
 from minidoctor.study import __main__ as study
-from minidoctor.study.sequence_variants import K_MEANS, MAIN, ORACLE, SEQUENCE_VARIANTS, SPLITS
+from minidoctor.study.sequence_variants import GROUPS, ORACLE, SEQUENCE_VARIANTS, SPLITS
 from minidoctor.study.variants import BASELINE, LORA, QUEUE, VARIANTS, AblationConfig
 
 
@@ -57,11 +57,11 @@ def test_sequence_selects_its_settings_and_variants(monkeypatch, program):
     monkeypatch.setattr(study, "ablate", lambda *arguments: calls.append(arguments))
     program(study.main, "study", "--sequence")
     program(study.main, "study", "--sequence", "--quick", "--stages", "form")
-    program(study.main, "study", "--sequence", "--variants", K_MEANS, "--seeds", 1)
+    program(study.main, "study", "--sequence", "--variants", GROUPS, "--seeds", 1)
     program(study.main, "study")
     (out, names, five, _, full), (quick_out, some, one, _, quick), (_, chosen, n, _, _), (*_, plain) = calls
     assert (str(out), str(quick_out)) == ("study_sequence", "study_sequence_quick")
-    assert (names, chosen) == (list(MAIN), [K_MEANS])
+    assert (names, chosen) == (list(SEQUENCE_VARIANTS), [GROUPS])
     assert {LORA, ORACLE} <= set(some) <= set(SEQUENCE_VARIANTS)
     assert (five, one, n) == (5, 1, 1)
     assert (full.steps, full.balance_weight, full.stages) == (100, 0.1, SPLITS)

@@ -8,17 +8,15 @@ import torch
 from paths import ROOT
 
 from data.make_text import read_table
-from minidoctor.batching import IGNORE, collate
+from minidoctor.batching import IGNORE
 from minidoctor.checkpoints.adapters import load_adapted_model
 from minidoctor.checkpoints.hugging_face import load_model
 from minidoctor.config import UserError
-from minidoctor.expert_queue import ExpertQueue
 from minidoctor.questions.json_rows import parse_row
 from minidoctor.questions.read import read_questions
-from minidoctor.step import train_step
+from minidoctor.step import make_queue, train_step
 from minidoctor.study import sequence
 from minidoctor.study.sequence import (
-    RoutingForm,
     declarative_examples,
     encode_pairs,
     measure,
@@ -27,10 +25,9 @@ from minidoctor.study.sequence import (
     stage_function,
     train_stage,
 )
-from minidoctor.study.sequence_variants import MOE, ORACLE, SEQUENCE_VARIANTS, SPLITS, SequenceConfig, SequenceVariant
+from minidoctor.study.sequence_variants import MOE, ORACLE, SEQUENCE_VARIANTS, SPLITS, SequenceConfig
 from minidoctor.study.variants import BASELINE, LORA, QUEUE, adapter_config, train_config
 
-MOE_VARIANT = SequenceVariant()
 LANGUAGE = {"stages": ("language",), "text_paragraphs": 0}
 
 
@@ -41,11 +38,6 @@ def make_row(question, answer, **fields):
 @pytest.fixture
 def pairs(sequence_config, tokenizer):
     return encode_pairs(read_questions(sequence_config.data).rows, tokenizer, sequence_config)
-
-
-def make_form(name, model, pairs, config, seed=0):
-    variant = SEQUENCE_VARIANTS[name]
-    return RoutingForm(model, variant, [example for _, example in pairs], train_config(variant, config, seed))
 
 
 def test_stages_by_language_and_form():
@@ -93,8 +85,7 @@ def test_measures_equal_those_of_single_examples(base_dir, adapter_dir, pairs, s
         greedy = model(tokens[None])[0][0].argmax(-1).tolist()
         targets = [g if t != IGNORE else IGNORE for g, t in zip(greedy, example.targets, strict=True)]
         examples[i] = example._replace(targets=targets)
-    form = make_form(MOE, model, pairs, sequence_config)
-    measured = measure(model, form, examples, 0)
+    measured = measure(model, examples, 0)
     correct, losses, experts = 0, [], []
     for tokens, targets in sorted(examples, key=lambda example: len(example.tokens)):
         logits, routings = model(torch.tensor([tokens]))
@@ -156,9 +147,9 @@ def test_oracle_gives_each_stage_its_experts(sequence_config, pairs):
 def test_runs_of_one_seed_share_batches_and_repeat(sequence_config, monkeypatch):
     batches, config = {}, replace(sequence_config, stages=("language", "mixed"), text_paragraphs=2)
 
-    def spy(model, optimizer, queue, micro_batches, step, train, form):
-        batches.setdefault(form.variant, []).append(micro_batches[0].tokens)
-        return train_step(model, optimizer, queue, micro_batches, step, train, form)
+    def spy(model, optimizer, queue, micro_batches, step, train):
+        batches.setdefault(model.adapter, []).append(micro_batches[0].tokens)
+        return train_step(model, optimizer, queue, micro_batches, step, train)
 
     monkeypatch.setattr(sequence, "train_step", spy)
     first, second = (run_sequence(name, 1, config).measures for name in (LORA, BASELINE))
@@ -177,7 +168,7 @@ def test_runs_of_one_seed_share_batches_and_repeat(sequence_config, monkeypatch)
 def test_each_stage_trains_on_its_questions(sequence_config, monkeypatch):
     stages = []
 
-    def spy(model, form, examples, train, stage):
+    def spy(model, queue, examples, train, stage):
         stages.append((stage, examples, train.steps))
         return [0.0]
 
@@ -189,61 +180,15 @@ def test_each_stage_trains_on_its_questions(sequence_config, monkeypatch):
     assert not any(example in en for example in zh)
 
 
-@pytest.mark.parametrize("name", [QUEUE, "pair contrast"])
-def test_queue_remembers_earlier_stages(name, base_dir, pairs, sequence_config):
-    variant, examples = SEQUENCE_VARIANTS[name], [example for _, example in pairs]
+def test_queue_remembers_earlier_stages(base_dir, pairs, sequence_config):
+    variant, examples = SEQUENCE_VARIANTS[QUEUE], [example for _, example in pairs]
     model = load_model(base_dir, adapter=adapter_config(variant, sequence_config, load_model(base_dir).config))
-    form = make_form(name, model, pairs, sequence_config)
-    written = [0]
+    config = train_config(variant, sequence_config, 0)
+    queue, written = make_queue(model, config), [0]
     for stage in (0, 1):
-        train_stage(model, form, examples, train_config(variant, sequence_config, 0), stage)
-        written.append(int(form.queue.written.sum()))
+        train_stage(model, queue, examples, config, stage)
+        written.append(int(queue.written.sum()))
     assert all(a < b for a, b in pairwise(written))
-
-
-def test_pair_queue_stores_features_and_routing_of_sequences(base_dir, pairs, sequence_config):
-    variant, config = SEQUENCE_VARIANTS["pair contrast"], train_config(MOE_VARIANT, sequence_config, 0)
-    model = load_model(base_dir, adapter=adapter_config(variant, sequence_config, load_model(base_dir).config))
-    form = make_form("pair contrast", model, pairs, sequence_config)
-    batch = collate([example for _, example in pairs[:3]])
-    losses = form(model, batch, batch.answer_positions[:2], form.queue, config)
-    assert isinstance(form.queue, ExpertQueue)
-    form.queue.enqueue(losses.z, losses.top1, 3)
-    again = form(model, batch, batch.answer_positions[:2], form.queue, config)
-    assert losses.z.shape[:2] == losses.top1.shape == (1, 3)
-    assert torch.equal(form.queue.keys[form.queue.filled()], losses.z[0])
-    features, routing = losses.z[0].split([32, losses.z.shape[2] - 32], dim=1)
-    routing = routing.unflatten(1, (-1, sequence_config.n_experts))
-    expected = sequence.forms.pair_contrast(features, routing, features, routing)
-    torch.testing.assert_close(again.terms["contrast"], expected)
-    assert again.terms["contrast"] != losses.terms["contrast"]  # the queue was empty
-
-
-@pytest.mark.parametrize("factor", [0.0, 0.1])
-def test_slow_router_moves_by_a_part_of_the_update(factor, base_dir, pairs, sequence_config):
-    examples, moves = [example for _, example in pairs], []
-    base = load_model(base_dir).config
-    config = train_config(MOE_VARIANT, replace(sequence_config, steps=1), 0)
-    for variant in (MOE_VARIANT, replace(MOE_VARIANT, router_factor=factor)):
-        torch.manual_seed(0)
-        model = load_model(base_dir, adapter=adapter_config(variant, sequence_config, base))
-        before = {name: p.detach().clone() for name, p in model.named_parameters()}
-        train_stage(model, RoutingForm(model, variant, [], config), examples, config, 1)
-        moves.append({name: p.detach() - before[name] for name, p in model.named_parameters()})
-    full, slow = moves
-    assert any(move.any() for name, move in full.items() if ".router." in name)
-    for name, move in full.items():
-        expected = factor * move if ".router." in name else move
-        torch.testing.assert_close(slow[name], expected, rtol=1e-3, atol=1e-6)  # a difference of nearly equal numbers
-
-
-def test_first_stage_has_the_full_learning_rate(base_dir, pairs, sequence_config):
-    variant = replace(MOE_VARIANT, router_factor=0.0)
-    model = load_model(base_dir, adapter=adapter_config(variant, sequence_config, load_model(base_dir).config))
-    router = model.model.layers[0].mlp.router
-    before, config = router.projection.detach().clone(), train_config(variant, sequence_config, 0)
-    train_stage(model, RoutingForm(model, variant, [], config), [example for _, example in pairs], config, 0)
-    assert not torch.equal(router.projection, before)
 
 
 def test_missing_stage_raises_with_file_and_split(sequence_config, rows_file):

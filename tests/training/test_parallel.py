@@ -28,7 +28,7 @@ from minidoctor.training.parallel import compute_share, shard_base, take_share
 from minidoctor.training.state import read_state
 
 SHAPE = ModelConfig(vocab_size=60, dim=32, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=8, ffn_dim=48)
-ADAPTER = AdapterConfig(n_experts=4, top_k=2, rank=2, alpha=4.0, routing_dim=4, targets=tuple(TARGETS))
+ADAPTER = AdapterConfig(n_experts=8, top_k=2, rank=2, alpha=4.0, routing_dim=4, targets=tuple(TARGETS), n_groups=2)
 CONFIG = TrainConfig(
     steps=20, batch_size=7, accumulate=2, lr=2e-3, warmup=2, contrast_weight=0.5, contrast_warmup=0, n_anchors=16,
     queue_capacity=4, queue_share=2,
@@ -144,7 +144,11 @@ def flags(make_config):
     config = make_config(steps=12, save_every=1, log_every=4, batch_size=5, lr=1e-3)
     names = ("base", "data", "eval", "steps", "batch_size", "lr", "warmup", "contrast_weight", "contrast_warmup")
     names += ("n_anchors", "queue_capacity", "queue_share", "log_every", "save_every", "device")
-    return [f"--{name.replace('_', '-')}={getattr(config, name)}" for name in names] + ["--n-experts=4", "--rank=2"]
+    return [f"--{name.replace('_', '-')}={getattr(config, name)}" for name in names] + [
+        "--n-experts=4",
+        "--n-groups=2",
+        "--rank=2",
+    ]
 
 
 def read_run(out: Path) -> tuple[list[dict], dict[str, torch.Tensor]]:

@@ -5,12 +5,14 @@ import pytest
 import torch
 
 from minidoctor.batching import ShuffledBatches, micro_batches
+from minidoctor.checkpoints.adapters import ADAPTER
 from minidoctor.checkpoints.hugging_face import load_model
 from minidoctor.config import TARGETS, AdapterConfig, TrainConfig, UserError
 from minidoctor.files.safetensors import read_header, read_tensors, write_tensors
 from minidoctor.model import trainable_parameters
 from minidoctor.step import make_optimizer, make_queue, train_step
 from minidoctor.training.data import load_data
+from minidoctor.training.groups import learn_groups
 from minidoctor.training.state import STATE, Components, RunState, read_state, restore, save
 
 
@@ -98,3 +100,26 @@ def test_a_state_with_another_shape_is_rejected(train_run, make_config, adapter)
     write_tensors(out / STATE, tensors, read_header(out / STATE)[1])
     with pytest.raises(UserError, match=r"queue\.keys"):
         restore(components(make_config(), adapter), state)
+
+
+def test_the_record_of_a_run_without_groups_has_one_group(tmp_path):
+    metadata = damaged()
+    run = json.loads(metadata["run"])
+    assert run["adapter"].pop("n_groups") == 2
+    write_tensors(tmp_path / STATE, {"a": torch.ones(2)}, {"run": json.dumps(run)})
+    assert read_state(tmp_path).adapter == AdapterConfig(targets=tuple(TARGETS), n_groups=1)
+
+
+def test_groups_are_saved_and_restored(make_config, tokenizer, tmp_path):
+    config, adapter = make_config(), AdapterConfig(n_experts=4, top_k=2, rank=2, n_groups=2)
+    (tmp_path / "run").mkdir()
+    original, state = components(config, adapter), RunState(config, adapter)
+    learn_groups(original.model, load_data(config, tokenizer, 128).examples, 0)
+    save(original, state)
+    assert {"groups.centres", "groups.mean"} <= {name for name, _ in read_tensors(tmp_path / "run" / ADAPTER)}
+    restored = components(config, adapter)
+    assert not torch.equal(restored.model.groups.centres, original.model.groups.centres)
+    restore(restored, state)
+    assert torch.equal(restored.model.groups.centres, original.model.groups.centres)
+    assert torch.equal(restored.model.groups.mean, original.model.groups.mean)
+    assert original.model.groups.mean.any()
