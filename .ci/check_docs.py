@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from minidoctor.study.report import committed_table
-from minidoctor.study.sequence_report import committed_split
+from minidoctor.study.sequence_report import committed_overview, committed_split
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "minidoctor"
@@ -93,8 +93,12 @@ def check_ablation() -> None:
     check(len(tables) == 5, f"minidoctor/study/README.md: {len(tables)} marked tables, expected 5")
     for file, baseline, table in tables:
         check(committed_table(file, baseline) == table, f"minidoctor/study/README.md: the table of {file} differs")
-    for file, split, tables in re.findall(r'<!-- split: (\S+) by "(.+?)" -->\n(.*?)\n<!-- end -->', page, re.DOTALL):
+    splits = re.findall(r'<!-- split: (\S+) by "(.+?)" -->\n(.*?)\n<!-- end -->', page, re.DOTALL)
+    check(len(splits) == 5, f"minidoctor/study/README.md: {len(splits)} marked splits, expected 5")
+    for file, split, tables in splits:
         check(committed_split(file, split) == tables, f"minidoctor/study/README.md: {split} of {file} differs")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    check(committed_overview() in readme, "README.md: the table of the two stages differs from the study's results")
 
 
 def main() -> None:

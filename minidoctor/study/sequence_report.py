@@ -1,18 +1,34 @@
 """Tables of the sequential experiment: per split the measures, and how much of the oracle's gain a variant has."""
 
-from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from minidoctor.study.report import MEASURES, Report, Summary, align, markdown_table, read_runs, summarize
+from minidoctor.study.report import (
+    MEASURES,
+    Estimate,
+    Report,
+    Summary,
+    align,
+    format_estimate,
+    markdown_table,
+    read_runs,
+    summarize,
+)
 from minidoctor.study.run import RunResult
-from minidoctor.study.sequence_variants import ORACLE, SPLITS
+from minidoctor.study.sequence_variants import GROUPS_QUEUE, ORACLE, SPLITS
 from minidoctor.study.variants import BASELINE, LORA
 
 HALFWAY = "halfway from LoRA to the oracle"
 BASELINES = (BASELINE, ORACLE, HALFWAY)  # besides plain LoRA
-GAINS = ("first_accuracy", "accuracy")  # accuracies in which plain LoRA and the oracle differ
-COMPARED = (*GAINS, "second_accuracy", "forgetting", "first_loss", "second_loss", "text_loss")
+# The columns of the table of comparisons
+COMPARISONS = (
+    ("first_accuracy", LORA),
+    ("first_accuracy", HALFWAY),
+    ("second_accuracy", BASELINE),
+    ("accuracy", LORA),
+    ("accuracy", BASELINE),
+)
+COMPARED = ("first_accuracy", "accuracy", "second_accuracy", "forgetting", "first_loss", "second_loss", "text_loss")
 SHOWN = (
     "first_accuracy_midway",
     "first_accuracy",
@@ -45,24 +61,31 @@ def summarize_split(runs: list[RunResult], split: str) -> Summary:
     return summarize(split_runs(runs, split), (LORA, *BASELINES), COMPARED)
 
 
-def gap_table(summary: Summary, measures: Sequence[str] = GAINS) -> str:
-    """Return the share of the gap between plain LoRA and the oracle that each variant closes, or "" without a gap."""
-    gains = summary.differences.get(LORA, {})
-    measures = [key for key in measures if key in gains.get(ORACLE, {})]
-    if not any(gains[ORACLE][key].mean for key in measures):
-        return ""
-    rows = [["variant", *(f"gap closed: {MEASURES[key][0]}, %" for key in measures)]]
-    for name in (name for name in gains if name != HALFWAY):
-        gaps = [(gains[name][key].mean, gains[ORACLE][key].mean) for key in measures]
-        rows.append([name, *(f"{100 * closed / gap:.0f}" if gap else "" for closed, gap in gaps)])
+def closed_gap(summary: Summary, name: str) -> str:
+    """Return the gain over plain LoRA as a percentage of the oracle's, in the first stage at the end."""
+    gain, whole = (
+        summary.differences.get(LORA, {}).get(n, {}).get("first_accuracy", Estimate(0.0, None)).mean
+        for n in (name, ORACLE)
+    )
+    return f"{100 * gain / whole:.0f}" if whole and gain else ""
+
+
+def comparison_table(summary: Summary) -> str:
+    """Return the differences between pairs of variants, and how much of the oracle's gain each variant has."""
+    titles = [f"{MEASURES[key][0]} minus `{name}`, points" for key, name in COMPARISONS]
+    rows = [["variant", *titles, "gap closed, %"]]
+    for variant in (name for name in summary.measures if name != HALFWAY):
+        paired = [summary.differences.get(name, {}).get(variant, {}).get(key) for key, name in COMPARISONS]
+        cells = [format_estimate(value, "accuracy", signed=True) for value in paired]
+        rows.append([variant, *cells, closed_gap(summary, variant)])
     return align(rows)
 
 
 def split_tables(summary: Summary) -> list[str]:
-    """Return the table of a split with the differences to plain LoRA, the other differences, and the closed gaps."""
-    tables = [markdown_table(summary, LORA, SHOWN, GAINS)]
-    tables += [markdown_table(summary, name, (), GAINS) for name in BASELINES if name in summary.differences]
-    return [*tables, *filter(None, [gap_table(summary)])]
+    """Return the table of the measures of a split and, of more than one variant, that of the comparisons."""
+    shown = replace(summary, measures={n: values for n, values in summary.measures.items() if n != HALFWAY})
+    tables = [markdown_table(shown, LORA, SHOWN, ())]
+    return [*tables, comparison_table(summary)] if summary.differences else tables
 
 
 def report_sequence(runs: list[RunResult]) -> Report:
@@ -73,11 +96,30 @@ def report_sequence(runs: list[RunResult]) -> Report:
         table += [f"Stages by {split}:", *split_tables(summary)]
         printed += [f"Stages by {split}:", markdown_table(summary, LORA, tuple(MEASURES), ())]
         printed += [markdown_table(summary, name, (), COMPARED) for name in summary.differences]
-        printed += filter(None, [gap_table(summary)])
+        printed += split_tables(summary)[1:]
     stored = {"stages": {split: asdict(summary) for split, summary in summaries.items()}}
     return Report(stored, "\n\n".join(printed), "\n\n".join(table))
 
 
+def committed_runs(file: str) -> list[RunResult]:
+    return read_runs(Path(__file__).parent / "results" / file)
+
+
 def committed_split(file: str, split: str) -> str:
-    """Return the tables of a split from a file in results/. README.md contains them after its mark."""
-    return "\n\n".join(split_tables(summarize_split(read_runs(Path(__file__).parent / "results" / file), split)))
+    """Return the tables of a split from a file in results/, which README.md contains after a mark.
+
+    The mark is `<!-- split: FILE by "SPLIT" -->`.
+    """
+    return "\n\n".join(split_tables(summarize_split(committed_runs(file), split)))
+
+
+def committed_overview() -> str:
+    """Return the table of the stages by language that the first README.md contains."""
+    runs = committed_runs("sequence.json")
+    language, mixed = (summarize_split(runs, split).measures for split in ("language", "mixed"))
+    rows = [["answers right, %", "Chinese, after it", "Chinese, at the end", "English, at the end", "both at once"]]
+    for name in (LORA, BASELINE, GROUPS_QUEUE, ORACLE):
+        keys = ("first_accuracy_midway", "first_accuracy", "second_accuracy")
+        estimates = [*(language[name].get(key) for key in keys), mixed.get(name, {}).get("accuracy")]
+        rows.append([name, *(format_estimate(value, "accuracy", signed=False) for value in estimates)])
+    return align(rows)

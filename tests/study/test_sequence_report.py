@@ -8,16 +8,16 @@ from minidoctor.study.report import estimate
 from minidoctor.study.run import RunResult
 from minidoctor.study.sequence_report import (
     HALFWAY,
-    gap_table,
+    closed_gap,
     report_sequence,
     split_runs,
     split_tables,
     summarize_split,
 )
-from minidoctor.study.sequence_variants import K_MEANS, ORACLE
+from minidoctor.study.sequence_variants import GROUPS, ORACLE
 from minidoctor.study.variants import BASELINE, LORA
 
-ACCURACY = {LORA: (0.0, 0.1, 0.2), ORACLE: (0.6, 0.9, 0.9), K_MEANS: (0.4, 0.7, 0.7)}  # by seed
+ACCURACY = {LORA: (0.0, 0.1, 0.2), ORACLE: (0.6, 0.9, 0.9), GROUPS: (0.4, 0.7, 0.7)}  # by seed
 
 
 @pytest.fixture
@@ -46,29 +46,31 @@ def test_split_has_its_measures_and_the_midpoint_of_each_seed(runs):
 def test_differences_are_paired_with_lora_oracle_and_midpoint(runs):
     differences = summarize_split(runs, "language").differences
     for name, expected in ((LORA, (0.4, 0.6, 0.5)), (ORACLE, (-0.2, -0.2, -0.2)), (HALFWAY, (0.1, 0.2, 0.15))):
-        result, by_hand = differences[name][K_MEANS]["accuracy"], estimate(list(expected))
+        result, by_hand = differences[name][GROUPS]["accuracy"], estimate(list(expected))
         assert (result.mean, *result.interval) == pytest.approx((by_hand.mean, *by_hand.interval))
     # Student's t with two degrees of freedom: 0.15 +- 4.303 * 0.05 / sqrt(3), so more than half of the gap is closed
-    low = differences[HALFWAY][K_MEANS]["accuracy"].interval[0]
+    low = differences[HALFWAY][GROUPS]["accuracy"].interval[0]
     assert low == pytest.approx(0.15 - 4.303 * 0.05 / math.sqrt(3))
 
 
 def test_closed_gap_is_the_gain_divided_by_that_of_the_oracle(runs):
-    rows = [cells(line) for line in gap_table(summarize_split(runs, "language")).splitlines()]
-    assert [K_MEANS, "71", "71"] in rows  # 0.5 / 0.7
-    assert [ORACLE, "100", "100"] in rows
-    assert [row[0] for row in rows[2:]] == [ORACLE, K_MEANS]
-    assert gap_table(summarize_split([run for run in runs if run.variant != ORACLE], "language")) == ""
-    assert gap_table(summarize_split(runs, "form"), ["accuracy"]) == ""  # no gap
+    summary = summarize_split(runs, "language")
+    assert [closed_gap(summary, name) for name in (LORA, ORACLE, GROUPS)] == ["", "100", "71"]  # 0.5 / 0.7
+    assert closed_gap(summarize_split([run for run in runs if run.variant != ORACLE], "language"), GROUPS) == ""
 
 
-def test_tables_have_every_variant_and_baseline(runs):
+def test_tables_have_every_variant_and_comparison(runs):
     balance = [replace(run, variant=BASELINE) for run in runs if run.variant == LORA]
-    main, *others = split_tables(summarize_split(runs + balance, "language"))
-    assert [cells(line)[0] for line in main.splitlines()[2:]] == [LORA, ORACLE, K_MEANS, BASELINE, HALFWAY]
-    assert "+50.0 (" in main  # points over plain LoRA
-    titles = (f"minus `{BASELINE}`", f"minus `{ORACLE}`", f"minus `{HALFWAY}`", "gap closed")
-    assert [title in table for title, table in zip(titles, others, strict=True)] == [True] * 4
+    main, comparisons = split_tables(summarize_split(runs + balance, "language"))
+    assert [cells(line)[0] for line in main.splitlines()[2:]] == [LORA, ORACLE, GROUPS, BASELINE]
+    header, _, *rows = (cells(line) for line in comparisons.splitlines())
+    row = dict(zip(header, rows[2], strict=True))
+    assert row["variant"] == GROUPS
+    assert row[f"first stage, at the end minus `{LORA}`, points"].startswith("+50.0 (")
+    assert row[f"first stage, at the end minus `{HALFWAY}`, points"].startswith("+15.0 (+2.6 to +27.4")
+    assert row["gap closed, %"] == "71"
+    assert f"accuracy minus `{BASELINE}`, points" in header
+    assert len(split_tables(summarize_split(runs[:3], "language"))) == 1  # nothing to compare with
 
 
 def test_report_has_the_splits_of_the_runs(runs):
@@ -77,4 +79,4 @@ def test_report_has_the_splits_of_the_runs(runs):
     assert report.table.count("Stages by ") == report.printed.count("Stages by ") == 2
     stored = json.loads(json.dumps(report.summary))["stages"]["language"]
     assert stored["measures"][LORA]["accuracy"]["mean"] == pytest.approx(0.1)
-    assert stored["seeds"] == {LORA: 3, K_MEANS: 3}
+    assert stored["seeds"] == {LORA: 3, GROUPS: 3}
