@@ -114,7 +114,7 @@ def scale_updates(model: Model, before: list[Tensor], group: Tensor, n_groups: i
     AdamW's updates have full size for any number of gradients: a few misplaced tokens would make a group forget.
     """
     groups = torch.arange(n_groups, device=group.device)  # (J,)
-    factors = ((group.unsqueeze(-1) == groups).float().mean(0) * n_groups).clamp(max=1)  # (J,)
+    factors = ((group.unsqueeze(-1) == groups).to(before[0].dtype).mean(0) * n_groups).clamp(max=1)  # (J,)
     for (name, p), old in zip(trainable_parameters(model).items(), before, strict=True):
         if name.endswith(("router.embeddings", "lora_a")):  # (E, Z), (E*R, D_in)
             p.copy_(torch.lerp(old, p, factors.repeat_interleave(len(p) // n_groups).unsqueeze(-1)))

@@ -20,7 +20,7 @@ import torch
 
 from minidoctor.config import TARGETS, TrainConfig
 from minidoctor.expert_queue import ExpertQueue
-from minidoctor.model import Model
+from minidoctor.model import Model, is_adapter_name
 from minidoctor.ops.cross_entropy import CHUNK
 from minidoctor.ops.quantized import QuantizedWeight
 
@@ -54,7 +54,8 @@ def estimate(
     chunk = min(n_answers, max(1, CHUNK // c.vocab_size)) * c.vocab_size
     n_keys = queue.keys[..., 0].numel() if queue else 0
     contrast = queue.keys.numel() + n_keys * CONTRAST_COPIES * config.n_anchors if queue else 0
-    frozen = {name: x for name, x in (*model.named_parameters(), *model.named_buffers()) if not x.requires_grad}
+    tensors = (*model.named_parameters(), *model.named_buffers())
+    frozen = {name: x for name, x in tensors if not is_adapter_name(name)}
     blocks = Counter[str]()  # bytes of each block by its number, and of the rest by ""
     for name, x in frozen.items():
         blocks[name.split(".")[2] if ".layers." in name else ""] += x.nbytes

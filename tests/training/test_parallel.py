@@ -144,11 +144,7 @@ def flags(make_config):
     config = make_config(steps=12, save_every=1, log_every=4, batch_size=5, lr=1e-3)
     names = ("base", "data", "eval", "steps", "batch_size", "lr", "warmup", "contrast_weight", "contrast_warmup")
     names += ("n_anchors", "queue_capacity", "queue_share", "log_every", "save_every", "device")
-    return [f"--{name.replace('_', '-')}={getattr(config, name)}" for name in names] + [
-        "--n-experts=4",
-        "--n-groups=2",
-        "--rank=2",
-    ]
+    return [f"--{name.replace('_', '-')}={getattr(config, name)}" for name in names] + ["--n-experts=8", "--rank=2"]
 
 
 def read_run(out: Path) -> tuple[list[dict], dict[str, torch.Tensor]]:
