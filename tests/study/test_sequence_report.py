@@ -57,6 +57,9 @@ def test_closed_gap_is_the_gain_divided_by_that_of_the_oracle(runs):
     summary = summarize_split(runs, "language")
     assert [closed_gap(summary, name) for name in (LORA, ORACLE, GROUPS)] == ["", "100", "71"]  # 0.5 / 0.7
     assert closed_gap(summarize_split([run for run in runs if run.variant != ORACLE], "language"), GROUPS) == ""
+    equal = [replace(run, measures={"form_first_accuracy": 0.5 + 0.1 * (run.seed % 2)}) for run in runs if run.seed]
+    noise = [replace(run, measures={"form_first_accuracy": 0.6}) for run in runs if run.seed == 0]
+    assert closed_gap(summarize_split(equal + noise, "form"), GROUPS) == ""  # the oracle gains nothing
 
 
 def test_tables_have_every_variant_and_comparison(runs):
