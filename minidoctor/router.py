@@ -7,8 +7,8 @@
     votes_t  = sum over s <= t of (embedding_s - mean) . centre_j      of the tokens so far, for each group j of experts
     group_t  = the group with the largest sum
 
-Frozen embeddings vote, so no training moves a prompt to another group, and what it changes stays within a group: a
-model that learns English next does not forget its Chinese answers (study/README.md).
+Frozen embeddings vote, so no training moves a prompt to another group. The groups share P and s only: a model that
+learns English next keeps nearly all of its Chinese answers (study/README.md).
 
 Scoring in a low-dimensional normalized space keeps the hidden states from collapsing around the expert embeddings:
 https://arxiv.org/abs/2204.09179, section 3. Softmax over the K survivors:

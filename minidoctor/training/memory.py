@@ -3,7 +3,8 @@
     frozen weights   their size in the dtype of the base, or quantized; with --shard a process has its part
     gathered         with --shard: embeddings, output layer and the largest block, whole
     dequantized      the largest quantized weight, as one product or gradient needs it
-    trainable        16 bytes per parameter: value, gradient and AdamW's two moments in float32
+    trainable        16 bytes per parameter: value, gradient and AdamW's two moments in float32; with groups of experts
+                     20, because an update is scaled from the value before it
     activations      the tensors saved for the backward pass, added up below for one block
     logits           two chunks of fixed size, for every batch: ops/cross_entropy.py
     contrast         the queue, and n_anchors * E * Q similarities per router: fixed, too
@@ -55,7 +56,7 @@ def estimate(
     n_keys = queue.keys[..., 0].numel() if queue else 0
     contrast = queue.keys.numel() + n_keys * CONTRAST_COPIES * config.n_anchors if queue else 0
     tensors = (*model.named_parameters(), *model.named_buffers())
-    frozen = {name: x for name, x in tensors if not is_adapter_name(name)}
+    frozen = {name: x for name, x in tensors if not (x.requires_grad or is_adapter_name(name))}
     blocks = Counter[str]()  # bytes of each block by its number, and of the rest by ""
     for name, x in frozen.items():
         blocks[name.split(".")[2] if ".layers." in name else ""] += x.nbytes
@@ -66,7 +67,7 @@ def estimate(
         "dequantized": max(
             (w.n_weights * (4 + size) for w in model.modules() if isinstance(w, QuantizedWeight)), default=0
         ),
-        "trainable": 16 * sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "trainable": (20 if model.groups else 16) * sum(p.numel() for p in model.parameters() if p.requires_grad),
         "activations": n_tokens * size * (layers + temporary),
         "logits": 2 * 4 * chunk + 2 * size * n_answers * c.dim,
         "contrast": 4 * contrast,

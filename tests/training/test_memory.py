@@ -105,3 +105,10 @@ def test_frozen_weights_of_the_estimate_are_the_quantized_ones(base_dir, adapter
     assert needed[1].keys() == needed[0].keys()
     same = needed[0].keys() - {"frozen weights", "dequantized"}
     assert all(needed[0][name] == needed[1][name] for name in same)
+
+
+def test_groups_of_experts_keep_the_values_before_the_update():
+    one, two = (Model(CONFIG, AdapterConfig(8, 2, 2, targets=FEED_FORWARD, n_groups=n)) for n in (1, 2))
+    needed = [estimate(model, None, TrainConfig(), 256, 100) for model in (one, two)]
+    assert needed[1]["trainable"] == needed[0]["trainable"] * 20 // 16
+    assert needed[1] | {"trainable": 0} == needed[0] | {"trainable": 0}
