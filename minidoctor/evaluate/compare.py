@@ -62,9 +62,12 @@ def compare_files(path_a: str, path_b: str) -> str:
         check(result.complete, f"{path}: an unfinished evaluation, of the longest questions only; use --resume")
     c = compare(a.predictions, b.predictions)
     low, high = c.interval
+    differences = protocol_differences(a.protocol, b.protocol)
+    if [p.prompt_sha256 for p in a.predictions] != [p.prompt_sha256 for p in b.predictions]:
+        differences.append("text of the prompts")
     return (
         f"a  {path_a}: {c.accuracy_a:.1%}\nb  {path_b}: {c.accuracy_b:.1%}\n"
         f"b - a: {c.accuracy_b - c.accuracy_a:+.1%}, 95 % interval {low:+.1%} to {high:+.1%}, {c.n} questions\n"
         f"correct only in a: {c.only_a}, only in b: {c.only_b}; exact McNemar test: p = {c.p:.3g}\n"
-        f"differences in the protocol: {', '.join(protocol_differences(a.protocol, b.protocol)) or 'none'}"
+        f"differences in the protocol: {', '.join(differences) or 'none'}"
     )

@@ -31,6 +31,7 @@ from minidoctor.questions.rows import Row
 from minidoctor.text.tokenizer import Tokenizer
 
 SAVE_INTERVAL = 60  # seconds
+ROUND = 256  # questions that a process answers before it tells the others, if there are several
 
 
 class Result(NamedTuple):
@@ -51,6 +52,11 @@ def applicable_methods(config: EvalConfig, row: Row) -> list[str]:
     if not row.options:
         methods = dict.fromkeys(["generate", *(method for method in methods if method == "loss")])
     return [method for method in methods if method != "loss" or row.answer]
+
+
+def generating(config: EvalConfig) -> EvalConfig:
+    """Return the configuration for a model that reasons: the token after its prompt does not answer the question."""
+    return replace(config, score=tuple(dict.fromkeys("generate" if x == "auto" else x for x in config.score)))
 
 
 def judge(row: Row, outcome: Outcome) -> Outcome:
@@ -112,17 +118,20 @@ class Evaluation:
     def answer(self, model: Model, show: bool = True, processes: Processes = Processes()) -> None:  # noqa: B008
         """Add the missing outcomes, longest questions first, and save once a minute. Ctrl-C may interrupt.
 
-        Each process answers its share of the questions, and in the end all have all outcomes. Raises UserError with
-        the name of a tensor of the model that is not finite.
+        Each process answers its share of the questions. After each round all have all outcomes, so that the first can
+        save them. Raises UserError with the name of a tensor of the model that is not finite.
         """
         todo: dict[str, list[int]] = {method: [] for method in SCORERS}
         for i, question in enumerate(self.questions):
             for method in applicable_methods(self.prompter.config, question.row):
                 todo[method] += [] if method in self.outcomes[i] else [i]
-        todo = {method: indices[processes.rank :: processes.size] for method, indices in todo.items()}
+        size = processes.size * (ROUND if processes.size > 1 else max(1, len(self.questions)))
+        rounds = [(method, all_[i : i + size]) for method, all_ in todo.items() for i in range(0, len(all_), size)]
+        shares = [(method, indices[processes.rank :: processes.size]) for method, indices in rounds]
         saved, show = time.monotonic(), show and processes.is_first
-        with tqdm(total=sum(map(len, todo.values())), desc="evaluating", leave=False, disable=not show) as progress:
-            for method, indices in todo.items():
+        n_questions = sum(len(indices) for _, indices in shares)
+        with tqdm(total=n_questions, desc="evaluating", leave=False, disable=not show) as progress:
+            for method, indices in shares:
                 marks: list[bool] = []
                 for i in self.add_outcomes(model, method, indices):
                     correct = self.outcomes[i][method].correct
@@ -132,9 +141,9 @@ class Evaluation:
                     if time.monotonic() - saved > SAVE_INTERVAL:
                         self.save()
                         saved = time.monotonic()
-        for share in processes.gather(self.outcomes):
-            for done, outcomes in zip(self.outcomes, share, strict=True):
-                done |= outcomes
+                for share in processes.gather({i: self.outcomes[i] for i in indices}):
+                    for i, outcomes in share.items():
+                        self.outcomes[i] |= outcomes
 
     def add_outcomes(self, model: Model, method: str, indices: list[int]) -> Iterator[int]:
         """Add the outcomes of one method, and yield the index of each question that is done."""
@@ -170,6 +179,8 @@ def evaluate(
 ) -> Result:
     """Return the predictions for all rows and their summary."""
     prompter = Prompter(tokenizer, config)
+    if prompter.opens_reasoning:
+        prompter.config = generating(config)
     questions = prompt_rows(prompter, rows, [], model.config.max_seq_len, show_progress)
     evaluation = Evaluation(prompter, questions, [{} for _ in questions])
     evaluation.answer(model, show_progress, processes)

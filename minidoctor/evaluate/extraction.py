@@ -66,8 +66,10 @@ VERDICT = re.compile(
     rf"(?<![A-Za-z0-9])([A-Z])\)?(?:选?项)?(?:\s?[,:]?\s?(?:is |是|都)?({NEGATIVE})"
     r"|[,:]?\s?[是都]?(?:正确|对)|(?: is|:) (?i:correct|right)\b)"
 )
-BETWEEN = re.compile(r"[ \n.,;。、)]*")  # two restated options
-LABEL = re.compile(r"\(?([A-Za-z])(?![A-Za-z0-9])[.、:)\s]*")  # a letter before its option's text
+# Between two restated options: "A. asthma and C. gout", "A(asthma)和C(gout)"
+NEXT = r"\)?(?:\s?[、和及与]\s?|\sand\s|\s)\(?[A-Z]\)?[.、:(]"
+BETWEEN = re.compile(r"[ \n.,;。、)]*(?:(?:[和及与]|and\b)\s?)?")
+LABEL = re.compile(r"\(?([A-Za-z])(?![A-Za-z0-9])[.、:)\s]*\(?")  # a letter before its option's text
 
 
 def read_letters(reply: str, options: dict[str, str]) -> str:
@@ -94,6 +96,8 @@ def normalize(text: str) -> str:
     # Per character: sorting a long run of combining marks would take quadratic time.
     text = "".join(unicodedata.normalize("NFKC", character) for character in text)
     text = re.sub(r"\\(?:text\w*|math\w*)", "", text).translate(FOLD)
+    # "选项A、选项C" and "A选项和C选项" are lists of letters.
+    text = re.sub(r"选项\s?(?=[A-Z](?![A-Za-z0-9]))|(?<=[A-Z])选项(?=\s?[,、和及与]\s?[A-Z](?![A-Za-z0-9]))", "", text)
     return re.sub(r"\s*\n\s*", "\n", re.sub(r"[^\S\n]+", " ", text)).strip()
 
 
@@ -148,6 +152,6 @@ def option_at(text: str, at: int, texts: dict[str, str], whole: bool = False) ->
     longest = max((len(texts[letter]) for letter in matches), default=0)
     best = [letter for letter in matches if len(texts[letter]) == longest]
     rest = text[at + longest : at + longest + 50]
-    stop = re.match(r"\s?(?:$|[\n,;。(]|[.:、)](?!\w)|因|because\b)", rest)
+    stop = re.match(rf"\s?(?:$|[\n,;。(]|[.:、)](?!\w)|因|because\b)|{NEXT}", rest)
     ends = not re.search(r"\w", rest) if whole else stop
     return best[0] if len(best) == 1 and ends else None

@@ -69,11 +69,13 @@ class Inputs(NamedTuple):
 
 
 def list_files(paths: list[str]) -> list[Path]:
-    return [file for path in paths for file in list_question_files(Path(path))]
+    """Return the files of all paths, each once."""
+    files = [file for path in paths for file in list_question_files(Path(path))]
+    return list({file.resolve(): file for file in reversed(files)}.values())[::-1]
 
 
 def read_files(paths: list[Path], answers: str = "") -> list[InputFile]:
-    """Read files of questions, each once, with CMB's file of answers. Raises FileNotFoundError or UserError."""
+    """Read files of questions, with CMB's file of answers. Raises FileNotFoundError or UserError."""
     names, files = [path.name for path in paths], []
     for path in paths:
         digest = hashlib.sha256()
@@ -85,13 +87,14 @@ def read_files(paths: list[Path], answers: str = "") -> list[InputFile]:
 
 
 def find_dev_files(data: list[Path]) -> list[Path]:
-    """Return CMMLU's few-shot examples: dev/ next to the directory of the questions. Raises UserError if none."""
+    """Return each file's few-shot examples: in CMMLU's dev/, or dev next to the file. Raises UserError if none."""
     paths = []
     for file in data:
         candidates = (file.parent.parent / "dev" / file.name, file.with_stem("dev"))
-        paths += [path for path in candidates if path.exists() and path != file][:1]
-    check(bool(paths), f"--shots: no file of few-shot examples next to {data[0]}; pass one with --dev")
-    return paths
+        found = [path for path in candidates if path.exists() and path != file][:1]
+        check(bool(found), f"--shots: no file of few-shot examples next to {file}; pass one with --dev")
+        paths += found
+    return list(dict.fromkeys(paths))
 
 
 def read_inputs(run: RunConfig, shots: int) -> Inputs:

@@ -1,7 +1,7 @@
 """The configuration of an evaluation, and the comparison of two protocols.
 
-A protocol is stored with each result: everything that can change it. Two accuracies are comparable only under the same
-prompt, few-shot examples and scoring method.
+A protocol is stored with each result: everything that can change it, except the text of the prompts, whose hashes are
+in the predictions. Two accuracies are comparable only under the same prompt, few-shot examples and scoring method.
 """
 
 from dataclasses import dataclass
@@ -47,5 +47,5 @@ def protocol_differences(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
         is_files = isinstance(value, list) and value and isinstance(value[0], dict)
         return [file.get("sha256") for file in value] if is_files else value
 
-    keys = [key for key in a if key != "first_prompts"]  # the hash of every prompt is compared instead
-    return [key for key in keys if content(a[key]) != content(b.get(key))]
+    keys = [key for key in a | b if key != "first_prompts"]  # the hash of every prompt is compared instead
+    return [key for key in keys if content(a.get(key)) != content(b.get(key))]

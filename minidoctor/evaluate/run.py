@@ -2,7 +2,6 @@
 
 import os
 import sys
-from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from minidoctor.checkpoints.hugging_face import checkpoint_hash
 from minidoctor.cli.device import choose_device, choose_dtype
 from minidoctor.cli.processes import Processes
 from minidoctor.config import UserError, check
-from minidoctor.evaluate.evaluation import Evaluation, prompt_rows, sha256
+from minidoctor.evaluate.evaluation import Evaluation, generating, prompt_rows, sha256
 from minidoctor.evaluate.free_form import RULE
 from minidoctor.evaluate.inputs import Inputs, RunConfig, hash_adapter, read_inputs, read_training_hashes
 from minidoctor.evaluate.prompts import Prompter
@@ -78,8 +77,8 @@ def load_evaluation(run: RunConfig, config: EvalConfig, inputs: Inputs) -> tuple
     settings = run.chat_format, not config.raw, run.thinking, run.quantize
     model, tokenizer = load(run.base, run.adapter, dtype, device, *settings)
     prompter, context = Prompter(tokenizer, config), model.config.max_seq_len
-    if config.score == ("auto",) and (run.thinking or prompter.opens_reasoning):
-        prompter.config = replace(config, score=("generate",))  # the token after the prompt begins the reasoning
+    if run.thinking or prompter.opens_reasoning:
+        prompter.config = generating(config)
     pool = [row for file in inputs.dev for row in file.questions.rows]
     hashes = read_training_hashes(run.adapter) if run.adapter else None
     for file in inputs.train_questions:
@@ -126,7 +125,8 @@ def run_evaluation(run: RunConfig, config: EvalConfig, processes: Processes) -> 
     """
     names = ("out", "submission", "report")
     out, submission, report = (output_path(run, name) if processes.is_first else None for name in names)
-    check(out is None or out not in (submission, report), "--out and another output have the same path")
+    outputs = [path for path in (out, submission, report) if path]
+    check(len(set(outputs)) == len(outputs), "two of --out, --submission and --report have the same path")
     unfinished = read_result(Path(run.out)) if run.resume else None
     check(not (unfinished and unfinished.complete), f"--resume: {run.out} is complete; choose another --out")
     inputs = read_inputs(run, config.shots)

@@ -149,8 +149,10 @@ def adapt(format: ChatFormat, template: str, thinking: bool = False) -> ChatForm
         format = format._replace(generation_prompt=prompt, max_new_tokens=REASONING_TOKENS)
     if not format.generation_prompt.startswith("<|im_start|>"):
         return format
-    system = re.search(r"<\|im_start\|>system(?:\\n|\n)([^<>{}'\"]+)<\|im_end\|>", template)
-    return format._replace(start="{bos}" if "bos_token" in template else "", default_system=system and system[1])
+    # The text is in a string literal, with escapes. An expression would begin with {{ or {%.
+    system = re.search(r"<\|im_start\|>system(?:\\n|\n)((?:(?!\{[{%])[^<>'\"])+)<\|im_end\|>", template)
+    message = system and re.sub(r"\\(.)", lambda escape: "\n" if escape[1] == "n" else escape[1], system[1])
+    return format._replace(start="{bos}" if "bos_token" in template else "", default_system=message)
 
 
 def render(messages: list[dict[str, str]], format: ChatFormat, special_tokens: Iterable[str]) -> list[Segment]:

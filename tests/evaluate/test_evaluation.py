@@ -13,8 +13,9 @@ from minidoctor.batching import collate
 from minidoctor.checkpoints.hugging_face import load_model
 from minidoctor.cli.processes import Processes
 from minidoctor.config import UserError
+from minidoctor.evaluate import evaluation as evaluation_module
 from minidoctor.evaluate import scoring
-from minidoctor.evaluate.evaluation import Evaluation, evaluate, judge, prompt_rows
+from minidoctor.evaluate.evaluation import Evaluation, applicable_methods, evaluate, judge, prompt_rows
 from minidoctor.evaluate.prompts import Prompter
 from minidoctor.evaluate.protocol import EvalConfig
 from minidoctor.evaluate.records import Outcome
@@ -192,6 +193,38 @@ def test_benchmark_question_with_several_correct_letters_is_scored_by_sets(confi
 # --- replies of reasoning models ---
 
 
+def test_a_model_that_reasons_is_not_asked_for_a_letter_before_it_has_reasoned(model, tokenizer, rows):
+    opened = copy.copy(tokenizer)
+    opened.opens_reasoning = True
+    config = EvalConfig(score=("auto", "loss"), max_new_tokens=2)
+    for question in evaluate(model, opened, rows, show_progress=False, config=config).predictions:
+        assert set(question.outcomes) <= {"generate", "loss"}
+        assert question.scoring == "generate"
+
+
+class FirstOfTwo(Processes):
+    """The first of two processes: the second has no outcomes."""
+
+    def gather(self, value):
+        gathered.append(value)
+        return [value, {}]
+
+
+gathered: list[dict] = []
+
+
+def test_each_round_of_several_processes_is_gathered(model, tokenizer, rows, monkeypatch):
+    """Otherwise an interrupted evaluation would lose the outcomes of all but the first process."""
+    monkeypatch.setattr(evaluation_module, "ROUND", 1)
+    gathered.clear()
+    prompter = Prompter(tokenizer, EvalConfig(score=("text",), max_new_tokens=2))
+    evaluation = Evaluation(prompter, prompt_rows(prompter, rows, [], 128, False), [{} for _ in rows])
+    evaluation.answer(model, show=False, processes=FirstOfTwo(0, 2))
+    assert len(gathered) > 2
+    assert all(len(share) == 1 for share in gathered)
+    assert sum(map(bool, evaluation.outcomes)) == len(gathered)
+
+
 @pytest.fixture
 def evaluate_replies(model, tokenizer, read_rows, monkeypatch):
     """Evaluate one question whose generated answer is this text, with as many tokens as the limit if it is cut off."""
@@ -334,7 +367,7 @@ def test_answer_computes_only_missing_outcomes(adapted, tokenizer, rows, monkeyp
     scorers = {name: recorded(name, scorer) for name, scorer in scoring.SCORERS.items()}
     monkeypatch.setattr("minidoctor.evaluate.evaluation.SCORERS", scorers)
     evaluation.answer(adapted, show=False)
-    assert calls == [("logits", 2), ("sets", 0), ("text", 0), ("generate", 0), ("loss", 0)]
+    assert calls == [("logits", 2)]
     assert evaluation.result() == expected
 
 
@@ -359,8 +392,9 @@ def test_processes_answer_disjoint_shares_and_merge_them(adapted, tokenizer, row
     for rank in range(3):
         part = Evaluation(prompter, questions, [{} for _ in rows])
         part.answer(adapted, show=False, processes=Share(rank, 3))
-    n_computed = [sum(len(outcomes) for outcomes in share) for share in Share.shares]
-    assert sum(n_computed) == sum(map(len, whole.outcomes))
+    n_rounds = len(Share.shares) // 3  # one per method
+    n_computed = [sum(map(len, Share.shares[i : i + n_rounds])) for i in range(0, 3 * n_rounds, n_rounds)]
+    assert sum(n_computed) == sum(len(applicable_methods(prompter.config, row)) for row in rows)
     assert min(n_computed) > 0
     for p, q in zip(part.result().predictions, whole.result().predictions, strict=True):
         assert (p.id, p.prediction, p.outcomes.keys()) == (q.id, q.prediction, q.outcomes.keys())

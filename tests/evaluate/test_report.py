@@ -20,7 +20,19 @@ def read_sections(path):
 
 def test_report_contains_protocol_table_prompts_and_hashes(evaluate_program, cmmlu, tmp_path, long_base, rows_file):
     own, out = rows_file({"question": "Gout?", "options": {"A": "yes", "B": "no"}, "answer": "A"}), tmp_path / "p.json"
-    words = ["--data", cmmlu, own, "--shots", "1", "--score", "logits,generate", "--max-new-tokens", "3"]
+    words = [
+        "--data",
+        cmmlu,
+        own,
+        "--dev",
+        tmp_path / "dev",
+        "--shots",
+        "1",
+        "--score",
+        "logits,generate",
+        "--max-new-tokens",
+        "3",
+    ]
     words += ["--out", out, "--report", tmp_path / "report"]
     printed = evaluate_program(*words, base=long_base)
     assert [path.name for path in (tmp_path / "report").iterdir()] == ["report.md"]
@@ -66,6 +78,7 @@ def test_report_is_a_new_directory(evaluate_program, cmmlu, tmp_path, long_base,
     evaluate_program(*words, tmp_path / "old", base=long_base, error="--report .*old: already exists")
     evaluate_program(*words, tmp_path / "no" / "where", base=long_base, error="--report .*where: the directory")
     evaluate_program(*words, tmp_path / "x", "--out", tmp_path / "x", base=long_base, error="same path")
+    evaluate_program(*words, tmp_path / "x", "--submission", tmp_path / "x", base=long_base, error="same path")
     assert list((tmp_path / "old").iterdir()) == []
 
 

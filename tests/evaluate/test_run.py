@@ -1,3 +1,4 @@
+import copy
 import hashlib
 import json
 import os
@@ -212,7 +213,7 @@ def test_interrupted_evaluation_resumes_with_the_missing_questions(
 # --- prompts ---
 
 
-def test_few_shot_examples_are_read_from_dev(evaluate_program, cmmlu, tmp_path, long_base):
+def test_few_shot_examples_are_read_from_dev(evaluate_program, cmmlu, tmp_path, long_base, rows_file):
     out = tmp_path / "p.json"
     printed = evaluate_program("--data", cmmlu, "--shots", "1", "--out", out, base=long_base)
     prompt = next(iter(read_json(out)["protocol"]["first_prompts"].values()))
@@ -221,6 +222,10 @@ def test_few_shot_examples_are_read_from_dev(evaluate_program, cmmlu, tmp_path, 
     assert prompt in printed
     dev = tmp_path / "dev" / "anatomy.csv"
     evaluate_program("--data", dev, "--shots", "1", base=long_base, error="--dev")
+    mixed = ["--data", cmmlu, rows_file(*ROWS[:2]), "--shots", "1"]  # one file's examples are not for the other
+    evaluate_program(*mixed, base=long_base, error="next to .*; pass one with --dev")
+    twice = evaluate_program("--data", cmmlu, cmmlu, "--limit", "1", base=long_base)
+    assert twice.count("anatomy.csv: ") == 1
 
 
 def test_prompt_file_changes_prompts_and_their_hashes(evaluate_program, cmmlu, tmp_path, long_base):
@@ -254,6 +259,12 @@ def test_two_results_are_compared_in_pairs(evaluate_program, cmmlu, tmp_path, lo
     n_correct = sum(not p["correct"] for p in result["predictions"])
     assert f"only in a: {n_correct}, only in b: {3 - n_correct}" in printed
     assert "protocol: shots\n" in printed  # a renamed file with the same content is not a difference
+    edited = copy.deepcopy(result)
+    edited["predictions"][0]["prompt_sha256"] = "0" * 64
+    edited["protocol"]["new"] = 1
+    files[2].write_text(json.dumps(edited))
+    assert "protocol: new, text of the prompts\n" in evaluate_program("--compare", files[1], files[2])
+    files[2].unlink()
     evaluate_program("--data", rows_file(*ROWS[:2]), "--out", files[2], base=long_base)
     evaluate_program("--compare", files[0], files[2], error="same questions")
     files[1].write_text(json.dumps(result | {"complete": False}))

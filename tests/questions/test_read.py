@@ -204,6 +204,7 @@ def test_one_file_without_questions_fails_its_directory(write, tmp_path):
         ({"question": "x", "option": {"A": "1", "B": "2"}, "answer": "A"}, "cmb"),
         ({"question": "x", "options": {"A": "1", "B": "2"}, "answer": "A", "question_type": "one"}, ""),
         ({"question": "x", "answer": "y"}, ""),
+        ({"question": "x", "answer": "y", "question_type": "treatment"}, ""),
     ],
 )
 def test_the_entries_of_a_json_list_show_cmb(write, record, exam):

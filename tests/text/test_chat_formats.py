@@ -379,12 +379,16 @@ def default_system(template):
 def test_adapt_reads_the_default_system_message(newline):
     system = f"{{{{ '<|im_start|>system{newline}You are kind, 你好.<|im_end|>{newline}' }}}}"
     assert default_system(system + CHATML) == "You are kind, 你好."
+    # As in the source of Qwen2.5-Math, a Jinja program with escapes.
+    system = r"{{ '<|im_start|>system\nPut the answer within \\boxed{}.\nBe brief.<|im_end|>\n' }}"
+    assert default_system(system + CHATML) == "Put the answer within \\boxed{}.\nBe brief."
 
 
 def test_adapt_invents_no_default_system_message():
     assert default_system("") is None
     assert default_system(CHATML) is None
     assert default_system(CHATML + "{{ '<|im_start|>system\\n' + messages[0].content + '<|im_end|>\\n' }}") is None
+    assert default_system(CHATML + "<|im_start|>system\n{{ messages[0].content }}<|im_end|>\n") is None
 
 
 @pytest.mark.parametrize("name", CHAT_FORMATS)
