@@ -69,7 +69,9 @@ def main() -> None:
     model, tokenizer = load(args.base, args.adapter, dtype, device, *settings)
     if tokenizer.format and not args.raw and "max_new_tokens" not in args:  # reasoning needs more
         config = replace(config, max_new_tokens=max(config.max_new_tokens, tokenizer.format.max_new_tokens))
-    sublayer = choose_sublayer(model, args.layer) if args.show_routing else None
+    # With --page, too: a model without a router is reported before it answers.
+    sublayer = choose_sublayer(model, args.layer) if args.show_routing or args.page else None
+    sublayer = sublayer if args.show_routing else None
     if args.compile:
         config = replace(config, static_cache=compile_decoding(model))
     print(f"{args.base}: {tokenizer.note}\n{WARNING}", file=sys.stderr)

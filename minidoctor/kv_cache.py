@@ -60,7 +60,7 @@ class KVCache:
         The tokens then need a mask, which they have if their positions are given.
         """
         self.length = self.size
-        for stored in chain.from_iterable(self.layers):
+        for stored in chain(*self.layers, [] if self.votes is None else [self.votes]):
             torch._dynamo.mark_static_address(stored)  # a CUDA graph writes into it and does not copy it
 
     def expand(self, config: ModelConfig, batch_size: int, max_seq_len: int) -> "KVCache":

@@ -149,7 +149,7 @@ def train_step(
     sums = {"loss": torch.zeros((), device=device)}
     anchor_routing: list[tuple[Tensor, Tensor]] = []
 
-    for batch in batches:
+    for batch in rng.sample(batches, len(batches)):  # sorted by length; the queue prefers the keys of the last one
         n = min(len(batch.answer_positions), max(1, config.n_anchors // len(batches)))
         anchors = batch.answer_positions[rng.sample(range(len(batch.answer_positions)), n)]  # (n,)
         losses = compute_losses(model, batch, anchors, queue, config)

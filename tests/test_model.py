@@ -309,7 +309,7 @@ def test_compiled_blocks_give_the_same_results():
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler")
 def test_compiled_step_with_a_static_cache_gives_the_same_tokens():
-    plain = tiny_model(AdapterConfig(4, 2, 2, targets=EVERYWHERE, routing_dim=8))
+    plain = tiny_model(GROUPED)
     compiled = deepcopy(plain)
     compiled.compile(mode="reduce-overhead", fullgraph=True)  # as compile_decoding does on a GPU
     for prompts in ([[4, 8, 15], [16, 23, 42, 7, 9]], [[4, 8, 15]]):
@@ -321,6 +321,16 @@ def test_compiled_step_with_a_static_cache_gives_the_same_tokens():
     frames = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     list(generate(compiled, [[5, 3]], SampleConfig(max_new_tokens=9, static_cache=True), ()))
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == frames > 0
+
+
+def test_fix_shapes_marks_all_that_a_step_writes():
+    model = tiny_model(GROUPED)
+    cache = KVCache(model.config, 2, 12, model.lm_head.weight)
+    model(torch.ones(2, 3, dtype=torch.long), cache=cache)
+    assert cache.votes is not None
+    cache.fix_shapes()
+    for stored in (*cache.layers[0], *cache.layers[-1], cache.votes):  # CUDA graphs are skipped for other tensors
+        assert stored._dynamo_static_input_type == "unguarded"
 
 
 def test_compile_reports_a_machine_without_compiler(monkeypatch):
@@ -351,7 +361,7 @@ def test_forward_and_cached_decoding_run_on_the_meta_device(family):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("graphs", [False, True], ids=["blocks", "CUDA graphs"])
 def test_compiled_decoding_on_a_gpu_equals_eager_decoding(graphs):
-    plain = tiny_model(AdapterConfig(4, 2, 2, targets=EVERYWHERE, routing_dim=8)).to("cuda")
+    plain = tiny_model(GROUPED).to("cuda")
     compiled = deepcopy(plain)
     if graphs:
         assert compile_decoding(compiled)
@@ -362,6 +372,7 @@ def test_compiled_decoding_on_a_gpu_equals_eager_decoding(graphs):
         models = zip((plain, compiled), configs, strict=True)
         decoded = [list(generate(model, prompts, config, ())) for model, config in models]
         assert decoded[0] == decoded[1]
+    assert not torch._dynamo.utils.counters["inductor"]["cudagraph_skips"]
 
 
 @pytest.mark.parametrize("n_heads", [4, 6, 40])

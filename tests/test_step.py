@@ -63,6 +63,24 @@ def test_gradient_accumulation_equals_the_large_batch(make_config, tokenizer):
             torch.testing.assert_close(gradient[name], expected[name])
 
 
+def test_micro_batches_come_in_random_order(make_config, tokenizer):
+    """The queue keeps the last keys of an expert, which must not always be those of the longest examples."""
+    config, lasts = make_config(batch_size=8), set()
+    parts = micro_batches(read_examples(config, tokenizer)[:8], 4)
+    for step in range(12):
+        order = []
+        model = adapted_model(config, ADAPTER_CONFIG)
+
+        def losses(model, batch, *rest, order=order):
+            order.append(next(i for i, part in enumerate(parts) if part is batch))
+            return compute_losses(model, batch, *rest)
+
+        train_step(model, make_optimizer(model, config), None, parts, step, config, losses)
+        assert sorted(order) == [0, 1, 2, 3]
+        lasts.add(order[-1])
+    assert len(lasts) > 2
+
+
 def test_labels_of_prompt_and_padding_do_not_change_the_loss(make_config, tokenizer):
     def scrambled(batch: Batch) -> Batch:
         targets = torch.randint_like(batch.targets, 50)
@@ -114,7 +132,9 @@ def test_contrast_uses_the_queue_before_this_step_is_enqueued(make_config, token
         config, tokenizer, step=1, queue=queue, change=lambda batch: seen.append(batch) or batch
     )
     n_answers = len(seen[0].answer_positions)
-    drawn = random.Random(config.seed * 1_000_003 + 1).sample(range(n_answers), min(n_answers, config.n_anchors))
+    rng = random.Random(config.seed * 1_000_003 + 1)
+    rng.sample(seen, 1)  # the order of the micro-batches
+    drawn = rng.sample(range(n_answers), min(n_answers, config.n_anchors))
     anchors = seen[0].answer_positions[drawn]
     with torch.no_grad():
         _, routings = model(seen[0].tokens)

@@ -11,6 +11,7 @@ from minidoctor.ask.chat import answer_limit, generate_finite, is_readable
 from minidoctor.config import SampleConfig, UserError, check
 from minidoctor.files.json_files import format_json, parse_json, read_lines
 from minidoctor.model import Model
+from minidoctor.questions.json_rows import check_keys
 from minidoctor.questions.rows import require_text
 from minidoctor.text.tokenizer import Tokenizer
 
@@ -30,13 +31,20 @@ def read_question_file(path: Path) -> list[Question]:
         line = line.strip()
         try:
             check(line != "[" and not line.startswith("[{"), "a JSON list, expected one question per line")
-            text = require_text(parse_json(line), "question") if line.startswith("{") else line
+            text = parse_question(line) if line.startswith("{") else line
         except UserError as error:
             raise UserError(f"{path}:{number}: {error}") from None
         if text:
             questions.append(Question(text, f"{path}:{number}"))
     check(bool(questions), f"{path}: no questions")
     return questions
+
+
+def parse_question(line: str) -> str:
+    """Return "question" of a JSON object. Raises UserError, also for a key that would be lost, such as "options"."""
+    record = parse_json(line)
+    check_keys(record, {"question", "answer"}, "a question")
+    return require_text(record, "question")
 
 
 def count_answered(out: Path, questions: list[Question], resume: bool) -> int:

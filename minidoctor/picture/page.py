@@ -46,9 +46,14 @@ def principal_components(vectors: Tensor) -> tuple[Tensor, Tensor]:
 
 def mean_cosines(vectors: Tensor, experts: Tensor) -> list[int | None]:
     """Return the mean cosine of pairs of unit vectors (n, Z) with equal experts (n,), and with different ones."""
-    cosines, equal = vectors @ vectors.T, experts[:, None] == experts  # (n, n)
-    means = cosines[equal & ~torch.eye(len(vectors), dtype=torch.bool)].mean(), cosines[~equal].mean()
-    return [None if mean.isnan() else thousandths(mean) for mean in means]
+    # The sum over all pairs is the squared length of the sum of the vectors, which needs no (n, n) matrix.
+    vectors, counts = vectors.double(), experts.bincount()  # (n, Z), (E,)
+    sums = vectors.new_zeros(len(counts), vectors.shape[-1]).index_add(0, experts, vectors)  # (E, Z)
+    n, itself = len(vectors), vectors.square().sum()
+    equal, n_equal = sums.square().sum() - itself, counts.square().sum() - n
+    every, n_every = sums.sum(0).square().sum() - itself, n * n - n
+    pairs = ((equal, n_equal), (every - equal, n_every - n_equal))
+    return [thousandths(total / count) if count else None for total, count in pairs]
 
 
 def sublayer_numbers(name: str, routing: Routing, keys: Tensor, written: Tensor) -> dict[str, Any]:

@@ -7,6 +7,8 @@ the queue, since otherwise one group for everything would be the easiest to pred
 https://arxiv.org/abs/2006.09882, sections 3.1 and 3.2, with fixed features: only the centres of the groups are trained.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -68,8 +70,8 @@ def learn_groups(model: Model, examples: list[Example], seed: int) -> None:
     """Learn the centres of the model's groups from the prompts of the examples. Does nothing without groups."""
     if model.groups is None:
         return
-    examples = examples[:: max(1, len(examples) // MAX_PROMPTS)]
+    examples = examples[:: math.ceil(len(examples) / MAX_PROMPTS)]
     groups, table = model.groups, model.model.embed_tokens.weight.detach()
-    groups.mean.copy_(at_least_float32(table).mean(0))
+    groups.mean.copy_(table.mean(0, dtype=torch.promote_types(table.dtype, torch.float32)))
     views = prompt_views(model, examples, groups.mean, seed)
     groups.centres.copy_(learn_centres(views, len(groups.centres), seed))

@@ -16,6 +16,14 @@ METRICS = "metrics.jsonl"
 ExpertLoad = tuple[tuple[float, ...], ...]  # (L, E), share of the anchors whose top-1 each expert is
 
 
+def step_of(line: bytes) -> float:
+    """Return the step of a row, infinity if the row is damaged."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, TypeError, KeyError):
+        return math.inf
+
+
 class MetricsLog:
     """Collects the tensors of each step until `flush`, because reading them synchronizes the CPU with the GPU."""
 
@@ -24,7 +32,7 @@ class MetricsLog:
         self.pending: list[tuple[int, StepMetrics, float]] = []
         lines = self.path.read_bytes().splitlines(keepends=True) if step and self.path.is_file() else []
         # A crash can leave rows of steps that were not saved, the last one incomplete: they will be written again.
-        lines = [line for line in lines if line.endswith(b"\n") and json.loads(line)["step"] < step]
+        lines = [line for line in lines if line.endswith(b"\n") and step_of(line) < step]
         if len(lines) < step:
             print(f"{self.path}: contains {len(lines)} of the {step} steps done so far")
         write_atomically(self.path, *lines)

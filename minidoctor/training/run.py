@@ -6,6 +6,7 @@ One training step is in minidoctor/step.py. Everything that must survive a crash
 import itertools
 import math
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -52,6 +53,7 @@ def train(state: RunState, processes: Processes = Processes()) -> None:  # noqa:
     )
     loading_device = torch.device("cpu") if config.shard else device
     dtype = choose_dtype(config.dtype, device)
+    state.config = config = replace(config, dtype=str(dtype).removeprefix("torch."))  # a resumed run keeps it
     model = load_model(config.base, dtype, loading_device, state.adapter, config.quantize)
     check_vocabulary(config.base, model, tokenizer)
     if tensor := find_non_finite(model):
@@ -67,6 +69,7 @@ def train(state: RunState, processes: Processes = Processes()) -> None:  # noqa:
     if processes.size > 1:
         print(f"{processes.size} processes, each with its share of every batch")
     prepare_output(components, tokenizer, data, state, processes)
+    again = resume_command(config, processes.size)
     # With a sharded base a forward pass needs all processes, so all of them answer all questions.
     evaluating = Processes() if config.shard else processes
     try:
@@ -78,13 +81,13 @@ def train(state: RunState, processes: Processes = Processes()) -> None:  # noqa:
         if config.compile:  # after the evaluation: the compiler specializes blocks for the first shapes it sees
             compile_blocks(model.model.layers)
         if not fit(components, batches, state, processes):
-            print(f"stopped and saved after step {state.step}; continue with: {resume_command(config.out)}")
+            print(f"stopped and saved after step {state.step}; continue with: {again}")
             return
         eval_after = evaluate_rows(model, tokenizer, data.eval_rows, evaluating)
         if processes.is_first:
             write_report(model, state, eval_after, data.eval_trained, processes.size)
     except KeyboardInterrupt:
-        print(f"interrupted; continue from the last save with: {resume_command(config.out)}")
+        print(f"interrupted; continue from the last save with: {again}")
         raise
 
 
@@ -102,7 +105,8 @@ def describe(
     n_quantized = sum(w.n_weights for w in model.modules() if isinstance(w, QuantizedWeight))
     frozen = sum(p.numel() for p in model.parameters()) - trainable + n_quantized
     size, epochs = min(config.batch_size, n), config.steps / batches.per_epoch
-    lines = [f"{config.base}: {frozen:,} frozen and {trainable:,} trainable parameters"]
+    place = f"{config.dtype} on {model.lm_head.weight.device.type}"
+    lines = [f"{config.base}: {frozen:,} frozen and {trainable:,} trainable parameters, {place}"]
     if n_quantized:
         lines.append(f"{config.base}: {n_quantized:,} of the frozen parameters are quantized to {config.quantize}")
     lines += [f"{config.base}: {tokenizer.note}"]
@@ -165,7 +169,7 @@ def fit(components: Components, batches: ShuffledBatches, state: RunState, proce
                 metrics = train_step(model, optimizer, queue, inputs, state.step, config, losses, all_reduce)
             except (RuntimeError, MemoryError) as error:
                 if is_out_of_memory(error):
-                    raise MemoryError(advise_on_memory(state, error)) from None
+                    raise MemoryError(advise_on_memory(state, error, processes.size)) from None
                 raise
             seconds, start = time.perf_counter() - start, time.perf_counter()
             if log:
@@ -187,9 +191,10 @@ def fit(components: Components, batches: ShuffledBatches, state: RunState, proce
     return state.step == config.steps
 
 
-def advise_on_memory(state: RunState, error: BaseException) -> str:
+def advise_on_memory(state: RunState, error: BaseException, n_processes: int) -> str:
     reason = next(iter(str(error).splitlines()), "")
     return (
         f"out of memory in step {state.step} ({reason:.200}); add --recompute or raise --accumulate and continue from "
-        f"the last save with: {resume_command(state.config.out)}; or lower --batch-size or --max-seq-len in a new run"
+        f"the last save with: {resume_command(state.config, n_processes)}; or lower --batch-size or --max-seq-len in a "
+        "new run"
     )

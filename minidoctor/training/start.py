@@ -18,6 +18,7 @@ from minidoctor.training.log import METRICS
 from minidoctor.training.report import REPORT
 from minidoctor.training.state import STATE, RunState, read_state
 
+AUTOMATIC = {"dtype": "auto", "n_groups": 0}  # flags that the start of a run replaces by the values they stand for
 INPUTS = ("base", "data", "eval")  # paths; a resumed run compares the content of the files
 
 
@@ -55,7 +56,7 @@ def start_or_resume(flags: dict[str, Any], processes: Processes = Processes()) -
     if (out / STATE).is_file():
         saved = read_state(out)
         if not saved.step and not saved.eval_before:
-            return state  # interrupted before anything was computed
+            return state  # interrupted before a step was saved
     if has_adapter(out) or any(os.path.lexists(out / name) for name in (TRAINING_QUESTIONS, METRICS, REPORT)):
         raise UserError(f"{out}: already contains a run or an adapter; use --resume or another --out")
     return state
@@ -74,7 +75,8 @@ def resume(flags: dict[str, Any]) -> RunState:
     state.config, state.directory = dataclasses.replace(state.config, **changes), os.getcwd()
     settings = dataclasses.asdict(state.config) | dataclasses.asdict(state.adapter)
     for name, value in flags.items():
-        check(settings[name] == value, f"--resume: {name} is {value}, the run in {out} has {settings[name]}")
+        same = settings[name] == value or AUTOMATIC.get(name) == value
+        check(same, f"--resume: {name} is {value}, the run in {out} has {settings[name]}")
     return state
 
 
@@ -91,5 +93,6 @@ def hash_inputs(state: RunState) -> None:
         )
 
 
-def resume_command(out: str) -> str:
-    return shlex.join(["python", "train.py", "--out", out, "--resume"])
+def resume_command(config: TrainConfig, n_processes: int) -> str:
+    launcher = ["python"] if n_processes == 1 else ["torchrun", "--nproc-per-node", str(n_processes)]
+    return shlex.join([*launcher, "train.py", "--out", config.out, "--resume", *["--compile"] * config.compile])

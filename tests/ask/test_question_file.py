@@ -48,6 +48,13 @@ def test_answers_are_those_of_single_questions_in_the_order_of_the_file(answer_f
     assert (tmp_path / "b.jsonl").read_bytes() == out.read_bytes()
 
 
+@pytest.mark.parametrize("key", ["options", "system", "history", "messages"])
+def test_a_key_that_would_be_lost_is_rejected(answer_file, question_path, key):
+    question_path.write_text(json.dumps({"question": "Which test?", key: {"A": "x"}}), encoding="utf-8")
+    code, _, errors = answer_file()
+    assert (code, f'q.txt:1: "{key}" is not supported' in errors) == (2, True)
+
+
 def test_truncated_answers_are_marked_and_counted(answer_file, tmp_path, monkeypatch):
     _, _, errors = answer_file()
     assert all(row["truncated"] is True for row in read_rows(tmp_path / "a.jsonl"))

@@ -11,6 +11,7 @@ from minidoctor.config import QUANTIZATIONS, TARGETS, AdapterConfig, SampleConfi
 from minidoctor.files.safetensors import write_tensors
 from minidoctor.generate import complete
 from minidoctor.model import Model, adapter_state
+from minidoctor.ops.quantized import QuantizedWeight
 from minidoctor.text.stream import printable
 from minidoctor.text.tokenizer import load_tokenizer
 
@@ -52,13 +53,16 @@ def test_raw_continues_a_text_without_a_chat_format(ask, base_dir, model, tokeni
 
 
 @pytest.mark.parametrize("quantize", QUANTIZATIONS)
-def test_quantize_answers_with_the_quantized_base(ask, base_dir, adapter_dir, tokenizer, quantize):
+def test_quantize_answers_with_the_quantized_base(ask, base_dir, adapter_dir, tokenizer, quantize, monkeypatch):
+    loaded, load = [], sample.load
+    monkeypatch.setattr(sample, "load", lambda *settings: loaded.append(load(*settings)) or loaded[0])
     words = ["gout?", "--base", base_dir, "--adapter", adapter_dir, "--max-new-tokens", 8, "--quantize", quantize]
     code, out, _ = ask(*words)
     model = load_adapted_model(base_dir, adapter_dir, quantize=quantize)
     prompt = tokenizer.chat([{"role": "user", "content": "gout?"}])
     expected = tokenizer.decode(complete(model, [prompt], SHORT, tokenizer.eos_ids)[0])
     assert (code, out) == (0, printable(expected) + "\n")
+    assert any(isinstance(module, QuantizedWeight) for module in loaded[0][0].modules()) == (quantize != "none")
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler")
@@ -92,10 +96,11 @@ def test_cache_is_static_if_the_compiled_model_needs_it(monkeypatch, ask, base_d
 
 
 def test_compile_compiles_the_model_before_it_answers(ask, base_dir, answer, monkeypatch):
-    compiled = []
-    monkeypatch.setattr(sample, "compile_decoding", lambda model: compiled.append(model) or False)
+    events, reply = [], sample.reply
+    monkeypatch.setattr(sample, "compile_decoding", lambda model: events.append("compile") or False)
+    monkeypatch.setattr(sample, "reply", lambda *words: events.append("reply") or reply(*words))
     _, out, _ = ask("gout?", "--base", base_dir, "--compile", "--max-new-tokens", 8)
-    assert len(compiled) == 1
+    assert events == ["compile", "reply"]
     assert out == printable(answer("gout?")) + "\n"
 
 
@@ -120,6 +125,7 @@ def test_bad_input_is_reported_in_one_line_with_exit_code_2(ask, tmp_path, base_
         (["gout?", "--batch-size", 0], "--batch-size"),
         (["gout?", "--show-routing"], "--show-routing needs an --adapter"),
         (["gout?", "--adapter", plain_lora, "--show-routing"], "no router"),
+        (["gout?", "--adapter", plain_lora, "--page", tmp_path / "page.html"], "no router"),
         (["gout?", *adapted, "--show-routing", "--layer", 2], "--layer must be between 0 and 1"),
         (["gout?", *adapted, "--layer", 1], "--layer needs --show-routing"),
         (questions[:2], "--out"),

@@ -15,7 +15,7 @@ from minidoctor.config import TARGETS, AdapterConfig, ModelConfig, UserError
 from minidoctor.files.safetensors import write_tensors
 from minidoctor.model import Model
 from minidoctor.picture import __main__ as picture
-from minidoctor.picture.page import MAX_TOKENS, run_numbers, thin, write_page
+from minidoctor.picture.page import MAX_TOKENS, mean_cosines, run_numbers, thin, write_page
 from minidoctor.picture.terminal import PALETTE, question_start
 from minidoctor.text.tokenizer import encode_conversation
 from minidoctor.training.state import STATE
@@ -32,6 +32,17 @@ needs_browser = pytest.mark.skipif(
 
 def unit_vectors(*shape):
     return F.normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(3)), dim=-1)
+
+
+def test_mean_cosines_are_those_of_all_pairs():
+    vectors, experts = unit_vectors(40, 6), torch.arange(40) % 5
+    pairs = [(i, j) for i in range(40) for j in range(40) if i != j]
+    for got, same in zip(mean_cosines(vectors, experts), (True, False), strict=True):
+        cosines = [float(vectors[i] @ vectors[j]) for i, j in pairs if (experts[i] == experts[j]) == same]
+        assert got == round(1000 * sum(cosines) / len(cosines))
+    assert mean_cosines(vectors[:2], torch.tensor([0, 3]))[0] is None
+    assert mean_cosines(vectors[:2], torch.tensor([3, 3]))[1] is None
+    assert mean_cosines(vectors[:0], experts[:0]) == [None, None]
 
 
 def metrics_row(step):

@@ -43,6 +43,14 @@ def test_the_uniform_load_of_eight_experts_is_not_rounded():
     assert "top-1" not in format_line([row], ())
 
 
+def test_damaged_rows_are_dropped_with_a_note(tmp_path, capsys):
+    good = b'{"step": 0, "loss": 1.0}\n'
+    (tmp_path / METRICS).write_bytes(good + b"\0\0\0\n" + b"[]\n" + b'{"step": "x"}\n' + b'{"loss": 1}\n')
+    MetricsLog(tmp_path, 3)
+    assert (tmp_path / METRICS).read_bytes() == good
+    assert "contains 1 of the 3 steps" in capsys.readouterr().out
+
+
 def test_a_run_without_a_queue_stores_no_fill(tmp_path):
     log = MetricsLog(tmp_path, 0)
     log.add(0, metrics(fill=None), 0.5)

@@ -3,13 +3,14 @@ import shlex
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from paths import ROOT
 
 import train as program_file
-from minidoctor.config import AdapterConfig, UserError
+from minidoctor.config import AdapterConfig, TrainConfig, UserError
 from minidoctor.evaluate.inputs import TRAINING_QUESTIONS
 from minidoctor.training import run, start
 from minidoctor.training.log import METRICS
@@ -91,6 +92,15 @@ def test_a_dangling_symlink_as_output_is_reported_and_kept(tmp_path, program):
     code, _, err = program(program_file.main, "train.py", "--out", tmp_path / "run")
     assert (code, err.count("\n")) == (2, 1)
     assert (tmp_path / "run").is_symlink()
+
+
+def test_resume_accepts_the_automatic_values_of_the_first_command(train_run):
+    out = train_run(steps=2)
+    flags = {"out": str(out), "n_groups": 0, "dtype": "auto"}
+    saved, state = read_state(out), start_or_resume(flags | {"resume": True})
+    assert (state.config.dtype, state.adapter) == ("float32", saved.adapter)
+    with pytest.raises(UserError, match="dtype is bfloat16"):
+        start_or_resume(flags | {"resume": True, "dtype": "bfloat16"})
 
 
 def test_resume_rejects_other_settings(train_run, tmp_path):
@@ -184,7 +194,11 @@ def test_a_deleted_file_does_not_block_resume(stopped, name, capsys):
 
 
 def test_printed_commands_are_quoted(stopped, capsys, program, monkeypatch):
-    assert shlex.split(resume_command("my runs/$one")) == ["python", "train.py", "--out", "my runs/$one", "--resume"]
+    config = TrainConfig(out="my runs/$one")
+    assert shlex.split(resume_command(config, 1)) == ["python", "train.py", "--out", "my runs/$one", "--resume"]
+    words = shlex.split(resume_command(replace(config, compile=True), 4))
+    assert words[:4] == ["torchrun", "--nproc-per-node", "4", "train.py"]
+    assert words[-1] == "--compile"
     moved = stopped.rename(stopped.with_name("my run"))
     resume(moved)
     line = capsys.readouterr().out.splitlines()[-1]
