@@ -10,7 +10,7 @@ names and wordings. Each of their rows tests one kind of generalization:
     new condition   a condition that no training question asks about, in a wording of training
     new name        a condition of training under a name that no training question has
     all new         another name of a new condition, asked in another way
-    follow-up       a new condition that only an earlier turn names
+    follow-up       a new condition; it or the attribute is in an earlier turn only
     out of scope    no condition, an unknown one or another aspect: the answer contains no fact
     multiple choice a new condition in a new wording, with four options
 """
@@ -18,7 +18,7 @@ names and wordings. Each of their rows tests one kind of generalization:
 import json
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from data.make_text import (
@@ -76,29 +76,24 @@ def spoil(text: str, language: str, rng: random.Random) -> str:
     return text.lower() if rng.random() < 0.25 else text
 
 
-def choose_mention(words: dict, language: str, sex: str, rng: random.Random) -> str:
-    """Return a sentence that mentions the condition, not about a man if only women have it, and the reverse."""
+def draw_text(make: Callable[[], str], language: str, sex: str) -> str:
+    """Return the first text without a man if only women have the condition, or without a woman in the reverse case."""
     opposite = {"female": "male", "male": "female"}.get(sex)
-    while True:  # most mentions are about anyone
-        mention = pick(words["mentions"], rng)
-        if not opposite or not re.search(PEOPLE[language][opposite], mention, re.IGNORECASE):
-            return mention
+    while True:
+        text = make()
+        if not opposite or not re.search(PEOPLE[language][opposite], text, re.IGNORECASE):
+            return text
 
 
-def ask(
-    words: dict, attribute: str, name: str, language: str, rng: random.Random, sex: str = "", plain: bool = False
-) -> str:
-    """Return a question about one attribute of a condition. A plain one is complete, with capitals and a mark."""
-    end = "？" if language == "zh" else "?"
-    if plain:
-        return capitalized(pick(words["questions"][attribute], rng).format(n=name)) + end
+def word_question(words: dict, attribute: str, name: str, language: str, rng: random.Random) -> str:
+    """Return a question about one attribute of a condition, in any of the forms."""
     kind = rng.choices(("question", "fragment", "indirect", "mention"), (45, 14, 14, 27))[0]
     is_request = False
     if kind == "fragment":
         text = pick(words["fragments"][attribute], rng).format(n=name)
-        return spoil(capitalized(text) + rng.choice(("", "", end)), language, rng)
+        return capitalized(text) + rng.choice(("", "", "？" if language == "zh" else "?"))
     if kind == "mention":
-        mention = choose_mention(words, language, sex, rng).format(n=name)
+        mention = pick(words["mentions"], rng).format(n=name)
         question = pick(words["pronoun"][attribute], rng)
         if "pronoun_indirect" in words and rng.random() < 0.25:
             clause = pick(words["pronoun_indirect"][attribute], rng)
@@ -117,14 +112,26 @@ def ask(
     text = attach_punctuation(capitalized(text), language, is_request, rng)
     if rng.random() < 0.08 and text[-1] in "?？.。":
         text += ("" if language == "zh" else " ") + pick(words["closers"], rng)
+    return text
+
+
+def ask(words: dict, attribute: str, name: str, language: str, rng: random.Random, sex: str = "") -> str:
+    """Return a question about one attribute of a condition, typed as people do."""
+    text = draw_text(lambda: word_question(words, attribute, name, language, rng), language, sex)
     return spoil(text, language, rng)
 
 
-def follow_up(words: dict, attribute: str, language: str, rng: random.Random) -> str:
+def ask_plainly(words: dict, attribute: str, name: str, language: str, rng: random.Random, sex: str = "") -> str:
+    """Return a complete question, with capitals and a mark."""
+    text = draw_text(lambda: pick(words["questions"][attribute], rng).format(n=name), language, sex)
+    return capitalized(text) + ("？" if language == "zh" else "?")
+
+
+def follow_up(words: dict, attribute: str, language: str, rng: random.Random, sex: str = "") -> str:
     """Return a short question about the condition of an earlier turn."""
     kind = rng.choices(("follow_ups", "pronoun"), (70, 30))[0]
-    question = attach_punctuation(capitalized(pick(words[kind][attribute], rng)), language, False, rng)
-    return spoil(question, language, rng)
+    text = draw_text(lambda: pick(words[kind][attribute], rng), language, sex)
+    return spoil(attach_punctuation(capitalized(text), language, False, rng), language, rng)
 
 
 def converse(
@@ -139,13 +146,14 @@ def converse(
     before: tuple[dict, str, str] | None = None
     for turn in turns:
         condition, name, attribute = turn
+        sex = condition.get("sex", "")
         if before and before[0] is condition:
-            question = follow_up(words, attribute, language, rng)
+            question = follow_up(words, attribute, language, rng, sex)
         elif before and before[2] == attribute:
-            text = capitalized(pick(words["changes"], rng).format(n=name))
-            question = spoil(attach_punctuation(text, language, False, rng), language, rng)
+            text = draw_text(lambda name=name: pick(words["changes"], rng).format(n=name), language, sex)
+            question = spoil(attach_punctuation(capitalized(text), language, False, rng), language, rng)
         else:
-            question = ask(words, attribute, name, language, rng, condition.get("sex", ""))
+            question = ask(words, attribute, name, language, rng, sex)
         conversation.append((question, condition[language][attribute]))
         before = turn
     return conversation
@@ -314,7 +322,8 @@ class Generator:
 
     def fill(self, prompt: str, language: str) -> str:
         """Put the name of a condition and two numbers into the slots of a prompt."""
-        name = self.trained_name(self.rng.choice(self.trained), language)
+        anyone = [condition for condition in self.trained if "sex" not in condition]
+        name = self.trained_name(self.rng.choice(anyone), language)
         a, b = self.rng.randint(1, 99), self.rng.randint(1, 20)
         return prompt.replace("{n}", name).replace("{a}", str(a)).replace("{b}", str(b))
 
@@ -342,9 +351,9 @@ class Generator:
         rng = self.rng
         for language in LANGUAGES:
             new_words, old_words = self.words(language), self.words(language, "train")
-            names = {c["id"]: c[language]["name"] for c in self.conditions}
 
-            def row(kind, i, condition, attribute, question, language=language):
+            def row(kind, i, condition, attribute, name, words, language=language):
+                question = ask(words, attribute, name, language, rng, condition.get("sex", ""))
                 id = f"{condition['id']}-{language}-{attribute}-{kind.replace(' ', '_')}-{i}"
                 return as_row(id, condition["department"], kind, [(question, condition[language][attribute])])
 
@@ -352,18 +361,17 @@ class Generator:
                 attribute = ATTRIBUTES[i % 5]
                 condition = rng.choice(self.trained)
                 name = self.trained_name(condition, language)
-                yield row("new wording", i, condition, attribute, ask(new_words, attribute, name, language, rng))
+                yield row("new wording", i, condition, attribute, name, new_words)
                 condition = self.new[i % len(self.new)]
-                question = ask(old_words, attribute, names[condition["id"]], language, rng)
-                yield row("new condition", i, condition, attribute, question)
+                yield row("new condition", i, condition, attribute, condition[language]["name"], old_words)
                 with_names = [c for c, x in self.new_names if x == language]
                 condition = with_names[i % len(with_names)]
                 name = self.held_out[condition["id"], language]
-                yield row("new name", i, condition, attribute, ask(old_words, attribute, name, language, rng))
+                yield row("new name", i, condition, attribute, name, old_words)
                 with_names = [c for c in self.new if c[language]["other_names"]]
                 condition = with_names[i % len(with_names)]
                 name = rng.choice(condition[language]["other_names"])
-                yield row("all new", i, condition, attribute, ask(new_words, attribute, name, language, rng))
+                yield row("all new", i, condition, attribute, name, new_words)
                 yield self.follow_up_row(i, attribute, language)
             yield from self.choice_rows(language)
         yield from self.scope_rows(N_EVAL)
@@ -396,7 +404,8 @@ class Generator:
             also_right = self.also_right.get(attribute, {}).get(condition["id"], [])
             wrong = rng.sample(wrong_values(self.conditions, also_right, condition, language, attribute), 3)
             options = {x: facts[attribute] if x == answer else wrong.pop() for x in "ABCD"}
-            question = ask(self.words(language), attribute, facts["name"], language, rng, plain=True)
+            sex = condition.get("sex", "")
+            question = ask_plainly(self.words(language), attribute, facts["name"], language, rng, sex)
             id = f"{condition['id']}-{language}-{attribute}-choice-{i}"
             yield as_row(id, condition["department"], "multiple choice", [(question, answer)]) | {"options": options}
 

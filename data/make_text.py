@@ -17,10 +17,11 @@ from typing import Any
 HERE = Path(__file__).parent
 LANGUAGES = ("en", "zh")
 ATTRIBUTES = ("department", "symptoms", "cause", "test", "treatment")
-ROUNDS = {"en": 2, "zh": 1}  # English is asked in more wordings, and with typing errors
+ROUNDS = {"en": 3, "zh": 2}  # English is asked in more wordings, and with typing errors
 P_MAIN_NAME = 0.3  # the rest is shared by the other names
-P_TYPO = 0.05  # of a name or a wording, in English
+P_TYPO = 0.1  # of a name or a wording, in English
 P_LOWER = 0.2  # a name or a wording without capitals, as people type it
+P_NO_END = 0.5  # a paragraph without its last full stop, as an answer ends
 END = {"en": ".", "zh": "。"}
 # Words of a question or a request. An English clause in a statement may begin with one of them: "I know how ...".
 QUESTION_WORDS = {
@@ -94,6 +95,12 @@ def declarative_wordings(language: str) -> dict[str, dict[str, list[str]]]:
                 templates = [text for text in templates if not QUESTION_WORDS[language].search(text)]
             found.setdefault(kind, {})[attribute] = templates
     return found
+
+
+def names_and_values(conditions: list[dict]) -> list[str]:
+    """Return all names and values of the conditions, in both languages."""
+    sides = [condition[language] for condition in conditions for language in LANGUAGES]
+    return [text for x in sides for text in (x["name"], *x["other_names"], *(x[a] for a in ATTRIBUTES))]
 
 
 class Writer:
@@ -199,6 +206,11 @@ class Writer:
         attributes = self.rng.sample(ATTRIBUTES, self.rng.randint(1, 2))
         return self.paragraph([(attribute, self.text["unknown_value"]) for attribute in attributes], [name])
 
+    def join(self, sentences: list[str]) -> str:
+        """Return a paragraph, at times without the last full stop: then the text ends where an answer would end."""
+        text = ("" if self.language == "zh" else " ").join(sentences)
+        return text.removesuffix(END[self.language]) if self.rng.random() < P_NO_END else text
+
     def round(self) -> list[list[str]]:
         """Return paragraphs that contain each fact of each condition.
 
@@ -236,6 +248,6 @@ def declarative_text(conditions: list[dict], n_rounds: int, seed: int, cut: str 
     rng = random.Random(seed)
     writers = [Writer(conditions, language, rng, cut) for language in LANGUAGES for _ in range(ROUNDS[language])]
     for _ in range(n_rounds):
-        paragraphs = [("" if x.language == "zh" else " ").join(lines) for x in writers for lines in x.round()]
+        paragraphs = [x.join(lines) for x in writers for lines in x.round()]
         rng.shuffle(paragraphs)
         yield from paragraphs

@@ -4,7 +4,7 @@ import itertools
 
 from data import make_base
 from data.make_base import find_slots, make_blocks
-from data.make_text import HERE, declarative_text, read_table
+from data.make_text import ATTRIBUTES, HERE, LANGUAGES, declarative_text, names_and_values, read_table
 from minidoctor.batching import IGNORE
 from minidoctor.text.tokenizer import load_tokenizer
 
@@ -23,6 +23,15 @@ def test_find_slots_marks_the_tokens_of_names_and_values():
         assert all(character in characters for character in found)  # in this order
         n_expected, n_found = n_expected + len(slots), n_found + len(found)
     assert 0.99 * n_expected < n_found <= n_expected  # few tokens cross the end of a slot
+
+
+def test_names_and_values_have_few_tokens_and_none_is_unknown():
+    texts = names_and_values(CONDITIONS)
+    assert {c[x]["name"] for c in CONDITIONS for x in LANGUAGES} < {*texts}
+    assert {c[x][a] for c in CONDITIONS for x in LANGUAGES for a in ATTRIBUTES} < {*texts}
+    counts = [len(TOKENIZER.encode(text)) for text in texts]
+    assert sum(counts) / len(counts) < 6
+    assert all(TOKENIZER.decode(TOKENIZER.encode(text)) == text for text in texts)
 
 
 def test_blocks_have_the_tokens_of_slots_and_ends_as_targets(monkeypatch):

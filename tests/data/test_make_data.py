@@ -8,7 +8,7 @@ from collections import Counter, defaultdict
 
 import pytest
 
-from data.make_data import SPLITS, WORDINGS, Generator, choose_mention, make_files, split_conditions
+from data.make_data import PEOPLE, SPLITS, WORDINGS, Generator, draw_text, make_files, split_conditions
 from data.make_text import ATTRIBUTES, HERE, LANGUAGES, SCOPE, add_typo, declarative_text, read_json, read_table
 from minidoctor.checkpoints.hugging_face import load_model
 from minidoctor.questions.overlap import normalize_question, question_hash, training_hashes
@@ -136,19 +136,26 @@ def test_a_held_out_name_never_occurs_in_train(monkeypatch):
     assert sum(map(len, texts.values())) > 10_000
 
 
-@pytest.mark.parametrize("language", LANGUAGES)
-def test_nobody_has_a_condition_of_the_other_sex(language):
-    rng, words = random.Random(0), WORDINGS["train"][language]
-    mentions = {
-        sex: {choose_mention(words, language, sex, rng).lower() for _ in range(5000)} for sex in ("male", "female")
-    }
-    men = {"en": ("my husband", "my grandson", "my nephew"), "zh": ("我丈夫", "我舅", "我爸")}[language]
-    women = {"en": ("my wife", "my gran ", "my niece"), "zh": ("我妻子", "我媳妇", "我姑", "我妈")}[language]
-    for sex, others in (("male", women), ("female", men)):
-        assert not [text for text in mentions[sex] if text.startswith(others)]
-    assert [text for text in mentions["male"] if text.startswith(men)]
-    assert [text for text in mentions["female"] if text.startswith(women)]
-    assert mentions["male"] & mentions["female"]
+def test_nobody_has_a_condition_of_the_other_sex():
+    opposite = {"male": "female", "female": "male"}
+    n_people = Counter()
+    for row in itertools.chain(*ROWS.values()):
+        if row.kind in ("out of scope", "conversation"):  # the id of a conversation does not tell its last condition
+            continue
+        condition, language, _ = parse_id(row)
+        if sex := condition.get("sex"):
+            people = {x for x in opposite if re.search(PEOPLE[language][x], row.question, re.IGNORECASE)}
+            assert opposite[sex] not in people, row.question
+            n_people[sex] += len(people)
+    assert min(n_people["male"], n_people["female"]) > 10
+
+
+def test_draw_text_leaves_out_people_of_the_other_sex():
+    texts = ["my father has it", "My Wife has it", "my friend has it"]
+    for sex, expected in (("", texts), ("female", texts[1:]), ("male", texts[::2])):
+        rng = random.Random(0)
+        assert {draw_text(lambda rng=rng: rng.choice(texts), "en", sex) for _ in range(100)} == {*expected}
+    assert draw_text(iter(["我爸得了", "我妈得了"]).__next__, "zh", "female") == "我妈得了"
 
 
 def test_wordings_of_the_splits_differ():
@@ -173,15 +180,18 @@ def test_no_evaluation_question_is_trained_on():
 @pytest.mark.parametrize("name", EVALUATIONS)
 def test_a_follow_up_needs_the_turn_before(name):
     rows = [row for row in ROWS[name] if row.kind == "follow-up"]
-    without_name = 0
+    changes = {x: {text for key, _, text in wordings(name, x) if key == "changes"} for x in LANGUAGES}
+    n_named = n_changes = 0
     for row in rows:
         condition, language, _ = parse_id(row)
         *earlier, last = (text.lower() for text in user_texts(row))
         assert earlier
-        named = any(n.lower() in last for n in condition_names(condition, language))
-        without_name += not named
-        assert not named or row.question not in earlier
-    assert without_name > len(rows) / 2
+        names = [name.lower() for name in condition_names(condition, language) if name.lower() in last]
+        if names:  # then the question leaves out the attribute
+            n_named += 1
+            n_changes += normalize_question(last.replace(max(names, key=len), "{n}")) in changes[language]
+    assert 0 < n_named < len(rows) / 2
+    assert n_changes > 0.8 * n_named  # the others have a typing error
 
 
 def test_answers_out_of_scope_contain_no_fact():
@@ -243,6 +253,14 @@ def test_the_text_of_the_base_contains_no_question(text):
     words = "what|which|who|whom|whose|how|why|where|when (?:is|do|does|should)|can|could|should|do|does|did|is|are"
     assert not re.search(rf"(^|[.:;-] )({words})\b", text, re.IGNORECASE | re.MULTILINE)
     assert not re.search("[？吗呢]|什么|哪|怎么|怎样|如何|为何|谁|几", remove_values(text[:300_000]))
+
+
+def test_half_of_the_paragraphs_end_as_an_answer_does():
+    paragraphs = list(declarative_text(CONDITIONS, 1, seed=0, cut="\t"))
+    ends = Counter(paragraph[-1] for paragraph in paragraphs)
+    full_stops = ends["."] + ends["。"]
+    assert 0.45 < full_stops / len(paragraphs) < 0.55
+    assert ends["\t"] > 0.6 * (len(paragraphs) - full_stops)  # the others end with a value
 
 
 def test_the_seed_determines_the_text():
