@@ -22,7 +22,7 @@ from minidoctor.cli.main import run
 from minidoctor.config import SampleConfig, check
 from minidoctor.ops.compiled import compile_decoding
 from minidoctor.picture.page import write_page
-from minidoctor.picture.terminal import choose_sublayer
+from minidoctor.picture.terminal import choose_sublayer, sublayer_names
 
 
 def parse_flags() -> argparse.Namespace:
@@ -69,9 +69,9 @@ def main() -> None:
     model, tokenizer = load(args.base, args.adapter, dtype, device, *settings)
     if tokenizer.format and not args.raw and "max_new_tokens" not in args:  # reasoning needs more
         config = replace(config, max_new_tokens=max(config.max_new_tokens, tokenizer.format.max_new_tokens))
-    # With --page, too: a model without a router is reported before it answers.
-    sublayer = choose_sublayer(model, args.layer) if args.show_routing or args.page else None
-    sublayer = sublayer if args.show_routing else None
+    sublayer = choose_sublayer(model, args.layer) if args.show_routing else None
+    if args.page:
+        sublayer_names(model)  # reports a model without a router before the answer is generated
     if args.compile:
         config = replace(config, static_cache=compile_decoding(model))
     print(f"{args.base}: {tokenizer.note}\n{WARNING}", file=sys.stderr)

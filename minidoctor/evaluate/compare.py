@@ -59,7 +59,7 @@ def compare_files(path_a: str, path_b: str) -> str:
     """Compare two result files, as text. Raises FileNotFoundError or UserError."""
     a, b = read_result(Path(path_a)), read_result(Path(path_b))
     for path, result in ((path_a, a), (path_b, b)):
-        check(result.complete, f"{path}: an unfinished evaluation, of the longest questions only; use --resume")
+        check(result.complete, f"{path}: an unfinished evaluation, whose questions are no random sample; use --resume")
     c = compare(a.predictions, b.predictions)
     low, high = c.interval
     differences = protocol_differences(a.protocol, b.protocol)

@@ -31,7 +31,7 @@ from minidoctor.questions.rows import Row
 from minidoctor.text.tokenizer import Tokenizer
 
 SAVE_INTERVAL = 60  # seconds
-ROUND = 256  # questions that a process answers before it tells the others, if there are several
+ROUND = 256  # questions per process between two exchanges of the outcomes, if there are several processes
 
 
 class Result(NamedTuple):
@@ -116,7 +116,7 @@ class Evaluation:
     protocol: dict[str, Any] = field(default_factory=dict)
 
     def answer(self, model: Model, show: bool = True, processes: Processes = Processes()) -> None:  # noqa: B008
-        """Add the missing outcomes, longest questions first, and save once a minute. Ctrl-C may interrupt.
+        """Add the missing outcomes, longest questions of a round first, and save once a minute. Ctrl-C may interrupt.
 
         Each process answers its share of the questions. After each round all have all outcomes, so that the first can
         save them. Raises UserError with the name of a tensor of the model that is not finite.
@@ -126,7 +126,7 @@ class Evaluation:
             for method in applicable_methods(self.prompter.config, question.row):
                 todo[method] += [] if method in self.outcomes[i] else [i]
         size = processes.size * (ROUND if processes.size > 1 else max(1, len(self.questions)))
-        rounds = [(method, all_[i : i + size]) for method, all_ in todo.items() for i in range(0, len(all_), size)]
+        rounds = [(method, part[i : i + size]) for method, part in todo.items() for i in range(0, len(part), size)]
         shares = [(method, indices[processes.rank :: processes.size]) for method, indices in rounds]
         saved, show = time.monotonic(), show and processes.is_first
         n_questions = sum(len(indices) for _, indices in shares)

@@ -111,7 +111,7 @@ def answer_questions(run: RunConfig, model: Model, evaluation: Evaluation, proce
         evaluation.answer(model, processes=processes)
     except BaseException:
         try:
-            print(f"{format_summary(evaluation.result().summary)}\nstopped: these are the longest questions only")
+            print(f"{format_summary(evaluation.result().summary)}\nstopped: these questions are no random sample")
             print(f"continue with: {command(resume=True)}" if run.out else "not saved: there is no --out")
         finally:
             evaluation.save()

@@ -79,11 +79,8 @@ def is_cmb(entries: list[Any]) -> bool:
     """Return whether the entries of a JSON list have CMB's format, not one of JSON lines."""
     keys = set().union(*(entry for entry in entries if isinstance(entry, dict)))
     formats = keys & {*FORMATS, "options"}
-    return (
-        "option" in keys
-        or not formats
-        or (formats == {"question"} and bool(keys & {*exams.CMB_FIELDS} - {"question_type"}))
-    )
+    is_exam = bool(keys & {*exams.CMB_FIELDS} - {"question_type"})  # other files have a question_type, too
+    return "option" in keys or not formats or (formats == {"question"} and is_exam)
 
 
 def parse_records(

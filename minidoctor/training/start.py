@@ -18,7 +18,7 @@ from minidoctor.training.log import METRICS
 from minidoctor.training.report import REPORT
 from minidoctor.training.state import STATE, RunState, read_state
 
-AUTOMATIC = {"dtype": "auto", "n_groups": 0}  # flags that the start of a run replaces by the values they stand for
+AUTOMATIC = {"dtype": "auto", "n_groups": 0}  # values that are resolved at the start of a run
 INPUTS = ("base", "data", "eval")  # paths; a resumed run compares the content of the files
 
 
