@@ -41,7 +41,7 @@ SHAPE = ModelConfig(
     ffn_dim=640,
     max_seq_len=512,
 )
-TOKENIZER_ROUNDS = 20  # of text
+TOKENIZER_ROUNDS = 40  # of text
 P_WORDING = 0.2  # of a token outside names and values to be a target
 
 
@@ -53,7 +53,7 @@ def make_tokenizer(conditions: list[dict], out: Path) -> Tokenizer:
     # No piece crosses the boundary of a name or value. Chinese has no spaces at these boundaries, and with such pieces
     # a name would have other tokens in every sentence. Standing alone, too, names and values get longer pieces.
     text = declarative_text(conditions, TOKENIZER_ROUNDS, seed=0, cut="\t")
-    text = itertools.chain(text, names_and_values(conditions) * TOKENIZER_ROUNDS)
+    text = itertools.chain(text, names_and_values(conditions) * (TOKENIZER_ROUNDS // 2))
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=text,
@@ -118,7 +118,7 @@ def initialize(model: Model) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=20000, help="optimizer steps of 2,048 tokens (default 20000)")
+    parser.add_argument("--steps", type=int, default=25000, help="optimizer steps of 2,048 tokens (default 25000)")
     parser.add_argument("--seed", type=int, default=0, help="seed of text and initialization (default 0)")
     parser.add_argument("--bfloat16", action="store_true", help="autocast, faster on processors with bfloat16 products")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default auto)")

@@ -18,7 +18,7 @@ names and wordings. Each of their rows tests one kind of generalization:
 import json
 import random
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from data.make_text import (
@@ -29,6 +29,7 @@ from data.make_text import (
     WORDINGS,
     add_typo,
     capitalized,
+    draw_text,
     pick,
     read_json,
     read_table,
@@ -44,19 +45,6 @@ P_CHANGE, P_SAME_ATTRIBUTE = 0.45, 0.8
 P_OUT_OF_SCOPE = 0.5  # conversation with a turn out of scope
 P_OTHER_LANGUAGE = 0.15  # conversation that ends in the other language
 
-# Words of a mention that name a man or a woman, who cannot have a condition of the other sex.
-PEOPLE = {
-    "en": {
-        "male": r"\b(he|him|his|himself|((step|grand)?(father|son))|grand(pa|dad)|grandad|dad|husband|bro|brother|uncle"
-        r"|nephew|man|gentleman|guy|lad|boy|boyfriend|bf)\b",
-        "female": r"\b(she|her|herself|((step|grand)?(mother|daughter))|grandma|gran|nan|mom|mum|wife|sister|aunt"
-        r"|niece|woman|lady|girl|girlfriend|gf)\b",
-    },
-    "zh": {
-        "male": "爸|父|爷|爹|公|叔|舅|弟|哥|男|他|儿子|丈夫|老头",
-        "female": "妈|母|奶|婆|姨|婶|姑|姥姥|娘|姐|妹|女|她|妻|媳妇|老太|闺蜜|生完孩子",
-    },
-}
 IS_QUESTION = re.compile("^(can|could|would|may|do|any|is|has)\\b|吗|呢|请问|谁|不可以|能不能|可不可以", re.IGNORECASE)
 
 
@@ -74,15 +62,6 @@ def spoil(text: str, language: str, rng: random.Random) -> str:
     if rng.random() < P_TYPO[language]:
         text = add_typo(text, rng)
     return text.lower() if rng.random() < 0.25 else text
-
-
-def draw_text(make: Callable[[], str], language: str, sex: str) -> str:
-    """Return the first text without a man if only women have the condition, or without a woman in the reverse case."""
-    opposite = {"female": "male", "male": "female"}.get(sex)
-    while True:
-        text = make()
-        if not opposite or not re.search(PEOPLE[language][opposite], text, re.IGNORECASE):
-            return text
 
 
 def word_question(words: dict, attribute: str, name: str, language: str, rng: random.Random) -> str:

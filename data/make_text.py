@@ -10,14 +10,13 @@ conditions that the table does not have, the text says that nothing is known.
 import json
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
 LANGUAGES = ("en", "zh")
 ATTRIBUTES = ("department", "symptoms", "cause", "test", "treatment")
-ROUNDS = {"en": 3, "zh": 2}  # English is asked in more wordings, and with typing errors
 P_MAIN_NAME = 0.3  # the rest is shared by the other names
 P_TYPO = 0.1  # of a name or a wording, in English
 P_LOWER = 0.2  # a name or a wording without capitals, as people type it
@@ -31,6 +30,20 @@ QUESTION_WORDS = {
         re.IGNORECASE,
     ),
     "zh": re.compile("[？?吗呢啥咋嘛吧谁几请何]|还是|不(?=$|，)|什么|哪|怎|是不是|能不能|多少|要不要|有没有"),
+}
+
+# Words of a mention that name a man or a woman, who cannot have a condition of the other sex.
+PEOPLE = {
+    "en": {
+        "male": r"\b(he|him|his|himself|((step|grand)?(father|son))|grand(pa|dad)|grandad|dad|husband|bro|brother|uncle"
+        r"|nephew|man|gentleman|guy|lad|boy|boyfriend|bf)\b",
+        "female": r"\b(she|her|herself|((step|grand)?(mother|daughter))|grandma|gran|nan|mom|mum|wife|sister|aunt"
+        r"|niece|woman|lady|girl|girlfriend|gf)\b",
+    },
+    "zh": {
+        "male": "爸|父|爷|爹|公|叔|舅|弟|哥|男|他|儿子|丈夫|老头",
+        "female": "妈|母|奶|婆|姨|婶|姑|姥姥|娘|姐|妹|女|她|妻|媳妇|老太|闺蜜|生完孩子",
+    },
 }
 
 
@@ -61,6 +74,15 @@ def pick(templates: list[str], rng: random.Random) -> str:
     """Return one of the templates, with one of each group of alternatives: "[how|ways] to treat {n}"."""
     text = re.sub(r"\[([^]]*)\]", lambda group: rng.choice(group[1].split("|")), rng.choice(templates))
     return re.sub("  +", " ", text).strip()
+
+
+def draw_text(make: Callable[[], str], language: str, sex: str) -> str:
+    """Return the first text without a man if only women have the condition, or without a woman in the reverse case."""
+    opposite = {"female": "male", "male": "female"}.get(sex)
+    while True:
+        text = make()
+        if not opposite or not re.search(PEOPLE[language][opposite], text, re.IGNORECASE):
+            return text
 
 
 def add_typo(text: str, rng: random.Random) -> str:
@@ -110,7 +132,7 @@ class Writer:
         self.conditions, self.language, self.rng, self.cut = conditions, language, rng, cut
         self.text, self.wordings = TEXT[language], declarative_wordings(language)
         self.names = [name for c in conditions for name in (c[language]["name"], *c[language]["other_names"])]
-        self.known = {name.lower() for name in self.names}
+        self.known = [name.lower() for name in self.names]
 
     def fill(self, template: str, **slots: str) -> str:
         """Return the sentence of a template, at times typed carelessly, with its slots filled."""
@@ -135,12 +157,21 @@ class Writer:
             name = add_typo(name, rng)
         return name.lower() if rng.random() < P_LOWER else name
 
+    def draw(self, templates: list[str], sex: str) -> str:
+        return draw_text(lambda: pick(templates, self.rng), self.language, sex)
+
+    def may_be_known(self, name: str) -> bool:
+        """Return whether one of the conditions' names is in this one or the reverse, as in "acute gout"."""
+        if self.language == "zh":
+            return any(known in name or name in known for known in self.known)
+        return any(f" {known} " in f" {name} " or f" {name} " in f" {known} " for known in self.known)
+
     def unknown_name(self) -> str:
         """Return a condition that the table does not have: one from the list for training, or one made of parts."""
         unknown = SCOPE["unknown"]["train"][self.language]
         if self.rng.random() < 0.4:
             name = recombine(unknown + self.names, self.language, self.rng)
-            if name.lower() not in self.known:
+            if not self.may_be_known(name.lower()):
                 return name
         name = self.rng.choice(unknown)
         return name.lower() if self.rng.random() < P_LOWER else name
@@ -155,47 +186,52 @@ class Writer:
         self.rng.shuffle(facts)
         return facts
 
-    def statement(self, attribute: str, name: str, value: str) -> str:
-        """Return one fact in a random wording. Without a name it is about the condition of the sentence before."""
+    def statement(self, attribute: str, name: str, value: str, sex: str = "") -> str:
+        """Return one fact in a random wording. Without a name it is about the condition of the sentence before.
+
+        `sex` is that of all people who can have the condition.
+        """
         rng, text, wordings = self.rng, self.text, self.wordings
         p_statement = {"other_name": 1.0, "name": 0.5}.get(attribute, 0.3 if value != text["unknown_value"] else 0.0)
         if name and rng.random() < p_statement:
-            return self.fill(pick(text["statements"][attribute], rng), n=name, v=value)
+            return self.fill(self.draw(text["statements"][attribute], sex), n=name, v=value)
         draw = rng.random()
         if attribute == "name" or draw < 0.3:
-            aspect = pick(text["aspects"][attribute], rng)
-            heading = pick(text["cards"], rng).replace("{a}", aspect) if name else aspect
+            aspect = self.draw(text["aspects"][attribute], sex)
+            heading = self.draw(text["cards"], sex).replace("{a}", aspect) if name else aspect
         elif draw < 0.65:
-            clause = pick(wordings["indirect" if name else "pronoun_indirect"][attribute], rng)
-            heading = pick(text["frames"], rng).replace("{q}", clause)
+            clause = self.draw(wordings["indirect" if name else "pronoun_indirect"][attribute], sex)
+            heading = self.draw(text["frames"], sex).replace("{q}", clause)
         else:
-            heading = pick(wordings["fragments" if name else "follow_ups"][attribute], rng)
+            heading = self.draw(wordings["fragments" if name else "follow_ups"][attribute], sex)
         return self.end(self.fill(heading, **({"n": name} if name else {})), value)
 
-    def paragraph(self, facts: list[tuple[str, str]], names: list[str], main_name: str = "") -> list[str]:
+    def paragraph(
+        self, facts: list[tuple[str, str]], names: list[str], main_name: str = "", sex: str = ""
+    ) -> list[str]:
         """Return the facts of a condition as sentences. As in a conversation, many after the first do not name it."""
         rng, sentences = self.rng, list[str]()
         if rng.random() < 0.4:
-            mention = pick(self.wordings["mentions"][""], rng)
+            mention = self.draw(self.wordings["mentions"][""], sex)
             sentences.append(self.fill(mention, n=rng.choice(names)) + END[self.language])
         for attribute, value in facts:
             reference = main_name if attribute == "other_name" else rng.choice(names)
             if attribute != "other_name" and sentences and rng.random() < 0.6:
                 reference = rng.choice(self.text["pronouns"]) if rng.random() < 0.2 else ""
-            sentences.append(self.statement(attribute, reference, value))
+            sentences.append(self.statement(attribute, reference, value, sex))
         return sentences
 
     def change(self, condition: dict) -> list[str]:
         """Return a fact of the condition of the sentence before, then that of another one, then one more of that."""
         first, second = self.rng.sample(ATTRIBUTES, 2)
         other = self.rng.choice(self.conditions)
-        name, facts = self.choose_name(other), other[self.language]
+        name, facts, sex = self.choose_name(other), other[self.language], other.get("sex", "")
         if self.rng.random() < 0.25:
-            name, facts = self.unknown_name(), dict.fromkeys(ATTRIBUTES, self.text["unknown_value"])
+            name, facts, sex = self.unknown_name(), dict.fromkeys(ATTRIBUTES, self.text["unknown_value"]), ""
         return [
-            self.statement(first, "", condition[self.language][first]),
-            self.end(self.fill(pick(self.wordings["changes"][""], self.rng), n=name), facts[first]),
-            self.statement(second, "", facts[second]),
+            self.statement(first, "", condition[self.language][first], condition.get("sex", "")),
+            self.end(self.fill(self.draw(self.wordings["changes"][""], sex), n=name), facts[first]),
+            self.statement(second, "", facts[second], sex),
         ]
 
     def unknown(self) -> list[str]:
@@ -221,13 +257,14 @@ class Writer:
         rng, paragraphs, singles = self.rng, list[list[str]](), list[str]()
         for condition in self.conditions:
             facts, names = self.facts(condition), [self.choose_name(condition) for _ in range(2)]
+            main_name, sex = condition[self.language]["name"], condition.get("sex", "")
             if rng.random() < 0.5:
-                lines = self.paragraph(facts, names, condition[self.language]["name"])
+                lines = self.paragraph(facts, names, main_name, sex)
                 paragraphs.append(lines + (self.change(condition) if rng.random() < 0.8 else []))
                 continue
             for attribute, value in facts:
-                name = condition[self.language]["name"] if attribute == "other_name" else self.choose_name(condition)
-                singles.append(self.statement(attribute, name, value))
+                name = main_name if attribute == "other_name" else self.choose_name(condition)
+                singles.append(self.statement(attribute, name, value, sex))
         for i in range(len(self.conditions)):
             singles.append(pick(GENERAL[self.language], rng))
             if i % 5 < 2:
@@ -241,12 +278,12 @@ class Writer:
 
 
 def declarative_text(conditions: list[dict], n_rounds: int, seed: int, cut: str = "") -> Iterator[str]:
-    """Yield paragraphs. Each round contains each fact of each condition `ROUNDS` times, in random order and wording.
+    """Yield paragraphs. Each round contains each fact of each condition in both languages, in random order and wording.
 
     `cut` is inserted around names and values.
     """
     rng = random.Random(seed)
-    writers = [Writer(conditions, language, rng, cut) for language in LANGUAGES for _ in range(ROUNDS[language])]
+    writers = [Writer(conditions, language, rng, cut) for language in LANGUAGES]
     for _ in range(n_rounds):
         paragraphs = [x.join(lines) for x in writers for lines in x.round()]
         rng.shuffle(paragraphs)

@@ -8,8 +8,20 @@ from collections import Counter, defaultdict
 
 import pytest
 
-from data.make_data import PEOPLE, SPLITS, WORDINGS, Generator, draw_text, make_files, split_conditions
-from data.make_text import ATTRIBUTES, HERE, LANGUAGES, SCOPE, add_typo, declarative_text, read_json, read_table
+from data.make_data import SPLITS, WORDINGS, Generator, make_files, split_conditions
+from data.make_text import (
+    ATTRIBUTES,
+    HERE,
+    LANGUAGES,
+    PEOPLE,
+    SCOPE,
+    Writer,
+    add_typo,
+    declarative_text,
+    draw_text,
+    read_json,
+    read_table,
+)
 from minidoctor.checkpoints.hugging_face import load_model
 from minidoctor.questions.overlap import normalize_question, question_hash, training_hashes
 from minidoctor.questions.read import read_questions
@@ -253,6 +265,32 @@ def test_the_text_of_the_base_contains_no_question(text):
     words = "what|which|who|whom|whose|how|why|where|when (?:is|do|does|should)|can|could|should|do|does|did|is|are"
     assert not re.search(rf"(^|[.:;-] )({words})\b", text, re.IGNORECASE | re.MULTILINE)
     assert not re.search("[？吗呢]|什么|哪|怎么|怎样|如何|为何|谁|几", remove_values(text[:300_000]))
+
+
+def test_the_text_gives_no_condition_to_the_other_sex():
+    opposite, n_people = {"male": "female", "female": "male"}, Counter()
+    conditions = [condition for condition in CONDITIONS if "sex" in condition]
+    for language in LANGUAGES:
+        writer = Writer(conditions, language, random.Random(0))
+        for condition in conditions * 20:
+            text = " ".join(writer.paragraph(writer.facts(condition), ["N"], "N", condition["sex"]))
+            found = {x for x in opposite if re.search(PEOPLE[language][x], remove_values(text), re.IGNORECASE)}
+            assert opposite[condition["sex"]] not in found, text
+            n_people[condition["sex"]] += len(found)
+    assert min(n_people.values()) > 10
+
+
+def test_unknown_names_are_no_variant_of_a_known_one():
+    writers = {language: Writer(CONDITIONS, language, random.Random(0)) for language in LANGUAGES}
+    for language, name in (("en", "acute gout"), ("en", "gastric"), ("zh", "急性痛风"), ("zh", "痛")):
+        assert writers[language].may_be_known(name), name
+    for language, name in (("en", "goutitis"), ("en", "konzo"), ("zh", "烟雾病"), ("zh", "陶轮工手")):
+        assert not writers[language].may_be_known(name), name
+    for language, writer in writers.items():
+        listed = {name.lower() for name in SCOPE["unknown"]["train"][language]}
+        made = {writer.unknown_name().lower() for _ in range(300)} - listed
+        assert len(made) > 50
+        assert not [name for name in made if writer.may_be_known(name)]
 
 
 def test_half_of_the_paragraphs_end_as_an_answer_does():
