@@ -7,7 +7,7 @@ import sys
 import unicodedata
 from collections.abc import Iterator
 
-from minidoctor.checkpoints.hugging_face import find_non_finite
+from minidoctor.checkpoints.hugging_face import explain_non_finite
 from minidoctor.config import SampleConfig, UserError
 from minidoctor.generate import NonFiniteLogits, generate
 from minidoctor.model import Model
@@ -24,13 +24,11 @@ GREETING = """Ask a question. /reset starts a new conversation, /quit ends, Ctrl
 def generate_finite(
     model: Model, tokenizer: Tokenizer, prompts: list[list[int]], config: SampleConfig
 ) -> Iterator[list[int | None]]:
-    """Generate until an end-of-answer token. If the logits are not finite, raise UserError with the tensor's name."""
+    """Generate until an end-of-answer token. Raises UserError if the logits are not finite."""
     try:
         yield from generate(model, prompts, config, tokenizer.eos_ids)
     except NonFiniteLogits as error:
-        tensor = find_non_finite(model)
-        cause = f"{tensor} contains NaN or infinity" if tensor else "an overflow; try --dtype float32"
-        raise UserError(f"{error}: {cause}") from None
+        raise UserError(f"{error}: {explain_non_finite(model)}") from None
 
 
 def answer_limit(model: Model, prompt: list[int], config: SampleConfig) -> int:

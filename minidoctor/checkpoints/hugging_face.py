@@ -269,6 +269,12 @@ def find_non_finite(model: nn.Module | Mapping[str, Tensor]) -> str | None:
     return None
 
 
+def explain_non_finite(model: nn.Module) -> str:
+    """Return why a model computes numbers that are not finite: a tensor that contains one, or else an overflow."""
+    name = find_non_finite(model)
+    return f"{name} contains NaN or infinity" if name else "an overflow; try --dtype float32"
+
+
 def check_finite(tensors: Mapping[str, Tensor], directory: Path) -> None:
     """Raise UserError, before anything is written, if a tensor contains NaN or infinity, also from an overflow."""
     if name := find_non_finite(tensors):

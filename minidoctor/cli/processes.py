@@ -2,6 +2,7 @@
 
 import atexit
 import os
+import shlex
 import sys
 from dataclasses import dataclass
 from typing import Any
@@ -44,6 +45,12 @@ class Processes:
         if self.size > 1:
             dist.all_gather_object(values, value)
         return values
+
+
+def launch_command(words: list[str], n_processes: int) -> str:
+    """Return the shell command that starts a Python program on this machine, in several processes with torchrun."""
+    launcher = ["python"] if n_processes == 1 else ["torchrun", "--nproc-per-node", str(n_processes)]
+    return shlex.join([*launcher, *words])
 
 
 def start_processes(device_name: str) -> Processes:

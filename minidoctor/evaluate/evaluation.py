@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from minidoctor.checkpoints.hugging_face import find_non_finite
+from minidoctor.checkpoints.hugging_face import explain_non_finite
 from minidoctor.cli.processes import Processes
 from minidoctor.config import UserError
 from minidoctor.evaluate.extraction import read_letters
@@ -153,9 +153,7 @@ class Evaluation:
                 self.outcomes[indices[k]] |= {name: judge(row, outcome) for name, outcome in outcomes.items()}
                 yield indices[k]
         except NonFiniteLogits as error:
-            tensor = find_non_finite(model)
-            cause = f"{tensor} contains NaN or infinity" if tensor else "an overflow; try --dtype float32"
-            raise UserError(f"{error}: {cause}") from None
+            raise UserError(f"{error}: {explain_non_finite(model)}") from None
 
     def result(self) -> Result:
         pairs = zip(self.questions, self.outcomes, strict=True)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minidoctor.checkpoints.hugging_face import find_non_finite
+from minidoctor.checkpoints.hugging_face import explain_non_finite
 from minidoctor.config import UserError, check
 from minidoctor.files.json_files import write_atomically
 from minidoctor.files.safetensors import read_tensors
@@ -82,7 +82,7 @@ def run_numbers(run: Path, model: Model, tokens: list[int], start: int) -> dict[
     assert adapter
     hidden, routings = model.hidden(torch.tensor([tokens], device=model.lm_head.weight.device))
     if not hidden.isfinite().all():
-        raise UserError(f"{run}: the hidden states are not finite: {find_non_finite(model)} contains NaN or infinity")
+        raise UserError(f"{run}: the hidden states are not finite: {explain_non_finite(model)}")
     displayed = [Routing(*(tensor[0, start:].cpu() for tensor in routing)) for routing in routings]
     shape = len(names), adapter.n_experts
     queue = dict(read_tensors(path, names=("queue.keys", "queue.written"))) if path.is_file() else {}

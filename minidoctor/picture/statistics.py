@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from minidoctor.batching import collate
-from minidoctor.checkpoints.hugging_face import find_non_finite
+from minidoctor.checkpoints.hugging_face import explain_non_finite
 from minidoctor.config import UserError, check
 from minidoctor.lora import LoRAExperts
 from minidoctor.model import Model
@@ -59,7 +59,7 @@ def top1_experts(
         if not routings:
             raise UserError("this adapter has one expert and no router; routing statistics need --n-experts above 1")
         if not hidden.isfinite().all():
-            raise UserError(f"the hidden states are not finite: {find_non_finite(model)} contains NaN or infinity")
+            raise UserError(f"the hidden states are not finite: {explain_non_finite(model)}")
         top1 = torch.stack([r.expert_ids[..., 0].flatten() for r in routings]).cpu()  # (L, B*T)
         ids.append(top1[:, batch.answer_positions])
         question.append(start + batch.answer_positions // batch.tokens.shape[1])

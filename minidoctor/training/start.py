@@ -3,14 +3,13 @@
 import dataclasses
 import fcntl
 import os
-import shlex
 from pathlib import Path
 from typing import Any, TextIO
 
 from minidoctor.checkpoints.adapters import has_adapter
 from minidoctor.checkpoints.hugging_face import checkpoint_hash
 from minidoctor.cli.flags import from_flags
-from minidoctor.cli.processes import Processes
+from minidoctor.cli.processes import Processes, launch_command
 from minidoctor.config import AdapterConfig, TrainConfig, UserError, check
 from minidoctor.evaluate.inputs import TRAINING_QUESTIONS
 from minidoctor.training.data import hash_files
@@ -94,5 +93,5 @@ def hash_inputs(state: RunState) -> None:
 
 
 def resume_command(config: TrainConfig, n_processes: int) -> str:
-    launcher = ["python"] if n_processes == 1 else ["torchrun", "--nproc-per-node", str(n_processes)]
-    return shlex.join([*launcher, "train.py", "--out", config.out, "--resume", *["--compile"] * config.compile])
+    words = ["train.py", "--out", config.out, "--resume", *["--compile"] * config.compile]
+    return launch_command(words, n_processes)

@@ -152,7 +152,6 @@ def test_non_finite_weights_are_reported_by_name(ask, nan_dir, temperature):
 
 
 def test_overflow_with_finite_weights_is_reported(ask, base_dir, monkeypatch):
-    monkeypatch.setattr(chat, "find_non_finite", lambda model: None)
     monkeypatch.setattr(chat, "generate", lambda model, *_: generate(infinite(model), *_))
 
     def infinite(model):

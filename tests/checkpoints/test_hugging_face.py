@@ -7,7 +7,13 @@ import torch.nn.functional as F
 from tiny_checkpoints import ABSENT, assert_loads, change_tensors, write_checkpoint, write_shards
 
 from minidoctor.checkpoints.families import read_model_config
-from minidoctor.checkpoints.hugging_face import checkpoint_hash, find_non_finite, load_model, save_model
+from minidoctor.checkpoints.hugging_face import (
+    checkpoint_hash,
+    explain_non_finite,
+    find_non_finite,
+    load_model,
+    save_model,
+)
 from minidoctor.config import ModelConfig, RopeScaling
 from minidoctor.files.safetensors import read_tensors, write_tensors
 from minidoctor.model import Model
@@ -278,11 +284,13 @@ def test_w_pack_of_another_shape_is_rejected(tmp_path):
 def test_find_non_finite_names_the_first_such_tensor(base_dir, dtype, value):
     model = load_model(base_dir, dtype)
     assert find_non_finite(model) is None
+    assert "overflow" in explain_non_finite(model)
     with torch.no_grad():
         model.model.norm.weight[3] = value
         assert find_non_finite(model) == "model.norm.weight"
         model.model.layers[1].mlp.up_proj.weight[2, 5] = value
     assert find_non_finite(model) == "model.layers.1.mlp.up_proj.weight"
+    assert explain_non_finite(model).startswith("model.layers.1.mlp.up_proj.weight contains")
 
 
 def test_non_finite_model_is_not_saved(tmp_path, model):

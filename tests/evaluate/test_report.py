@@ -6,7 +6,7 @@ import pytest
 
 from minidoctor.evaluate import evaluation, scoring
 from minidoctor.evaluate.records import read_result
-from minidoctor.evaluate.report import format_report
+from minidoctor.evaluate.report import command, format_report
 
 
 def read_sections(path):
@@ -95,8 +95,14 @@ def test_report_of_a_resumed_evaluation_has_the_command_without_resume(
         evaluate_program(*words, base=long_base, error="interrupted")
     assert not (tmp_path / "my report").exists()
     evaluate_program(*words, "--resume", base=long_base)
-    command = read_sections(tmp_path / "my report" / "report.md")["Command"]
-    assert shlex.split(command)[-len(words) :] == list(map(str, words))
+    printed = read_sections(tmp_path / "my report" / "report.md")["Command"]
+    assert shlex.split(printed)[-len(words) :] == list(map(str, words))
+
+
+def test_several_processes_resume_with_torchrun(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["x", "--out", "my runs.json"])
+    words = ["torchrun", "--nproc-per-node", "4", "-m", "minidoctor.evaluate", "--out", "my runs.json", "--resume"]
+    assert shlex.split(command(4, resume=True)) == words
 
 
 def test_every_setting_of_a_protocol_is_in_the_page():
