@@ -39,9 +39,12 @@ SPLITS = ("train", "dev", "heldout")
 N_QUESTIONS = {"en": 6, "zh": 4}  # single questions per fact in train.jsonl; English has more forms
 N_CONVERSATIONS = {"en": 16, "zh": 12}  # per condition
 N_EVAL = 100  # questions per kind and language
+# Rows of a prompt out of scope in train.jsonl: a run reads a row about once, too little for rare kinds of prompts.
+N_COPIES = {"greeting": 3, "thanks": 2, "goodbye": 2, "identity": 2, "arithmetic": 2, "emergency": 3}
 P_TYPO = {"en": 0.1, "zh": 0.0}  # a typing error of one letter
 # Of training conversations: a turn that changes the condition, and such a change without the attribute.
 P_CHANGE, P_SAME_ATTRIBUTE = 0.45, 0.8
+P_ACKNOWLEDGE = 0.25  # before a later question: "I see. And the cause?"
 P_OUT_OF_SCOPE = 0.5  # conversation with a turn out of scope
 P_OTHER_LANGUAGE = 0.15  # conversation that ends in the other language
 
@@ -106,11 +109,21 @@ def ask_plainly(words: dict, attribute: str, name: str, language: str, rng: rand
     return capitalized(text) + ("？" if language == "zh" else "?")
 
 
+def punctuate_later(words: dict, text: str, language: str, rng: random.Random) -> str:
+    """Return a later question of a conversation, typed as people do, at times after an acknowledgement."""
+    text = capitalized(text)
+    if "acknowledgements" in words and rng.random() < P_ACKNOWLEDGE:
+        opener = rng.choice(words["acknowledgements"])
+        text = text if opener[-1] in ".。" or text.startswith("I ") else text[0].lower() + text[1:]
+        text = capitalized(opener) + ("" if language == "zh" else " ") + text
+    return spoil(attach_punctuation(text, language, False, rng), language, rng)
+
+
 def follow_up(words: dict, attribute: str, language: str, rng: random.Random, sex: str = "") -> str:
     """Return a short question about the condition of an earlier turn."""
     kind = rng.choices(("follow_ups", "pronoun"), (70, 30))[0]
     text = draw_text(lambda: pick(words[kind][attribute], rng), language, sex)
-    return spoil(attach_punctuation(capitalized(text), language, False, rng), language, rng)
+    return punctuate_later(words, text, language, rng)
 
 
 def converse(
@@ -130,7 +143,7 @@ def converse(
             question = follow_up(words, attribute, language, rng, sex)
         elif before and before[2] == attribute:
             text = draw_text(lambda name=name: pick(words["changes"], rng).format(n=name), language, sex)
-            question = spoil(attach_punctuation(capitalized(text), language, False, rng), language, rng)
+            question = punctuate_later(words, text, language, rng)
         else:
             question = ask(words, attribute, name, language, rng, sex)
         conversation.append((question, condition[language][attribute]))
@@ -313,9 +326,11 @@ class Generator:
             words, replies, rows = self.words(language), SCOPE["replies"][language], []
             for kind, prompts in SCOPE["prompts"][self.split][language].items():
                 for i, prompt in enumerate(prompts):
-                    text = self.fill(pick([prompt], rng), language)
-                    text = capitalized(text) if n is None and rng.random() < 0.5 else text
-                    rows.append((f"{kind}-{language}-{i}", kind, spoil(text, language, rng) if n is None else text))
+                    for copy in range(1 if n else N_COPIES.get(kind, 1)):
+                        text = self.fill(pick([prompt], rng), language)
+                        text = capitalized(text) if n is None and rng.random() < 0.5 else text
+                        text = spoil(text, language, rng) if n is None else text
+                        rows.append((f"{kind}-{language}-{i}" + f"-{copy}" * (copy > 0), kind, text))
             # More questions about unknown conditions make the model take new ones for unknown.
             for name in SCOPE["unknown"][self.split][language][:: 1 if n else 2]:
                 text = ask(words, rng.choice(ATTRIBUTES), name, language, rng)

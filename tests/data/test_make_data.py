@@ -8,7 +8,7 @@ from collections import Counter, defaultdict
 
 import pytest
 
-from data.make_data import SPLITS, WORDINGS, Generator, make_files, split_conditions
+from data.make_data import N_COPIES, SPLITS, WORDINGS, Generator, follow_up, make_files, split_conditions
 from data.make_text import (
     ATTRIBUTES,
     HERE,
@@ -204,6 +204,26 @@ def test_a_follow_up_needs_the_turn_before(name):
             n_changes += normalize_question(last.replace(max(names, key=len), "{n}")) in changes[language]
     assert 0 < n_named < len(rows) / 2
     assert n_changes > 0.8 * n_named  # the others have a typing error
+
+
+def test_rare_kinds_of_prompts_occur_several_times_in_training():
+    counts = Counter(row.id.split("-")[0] for row in ROWS["train"] if row.kind == "out of scope")
+    for kind, n in N_COPIES.items():
+        assert counts[kind] == n * sum(len(SCOPE["prompts"]["train"][language][kind]) for language in LANGUAGES)
+    questions = Counter(normalize_question(row.question) for row in ROWS["train"] if row.kind == "out of scope")
+    assert min(questions[text] for text in ("hello", "你好")) > 5
+
+
+def test_a_quarter_of_later_questions_follow_an_acknowledgement():
+    rng = random.Random(0)
+    words = {"acknowledgements": ["ok,", "I see."], "follow_ups": {"cause": ["and why"]}, "pronoun": {"cause": ["why"]}}
+    texts = [follow_up(words, "cause", "en", rng).lower() for _ in range(1000)]
+    openers = Counter(opener for text in texts for opener in ("ok, ", "i see. ") if text.startswith(opener))
+    assert 80 < openers["ok, "] < 170
+    assert 80 < openers["i see. "] < 170
+    del words["acknowledgements"]
+    texts = [follow_up(words, "cause", "en", rng).lower() for _ in range(1000)]
+    assert not [text for text in texts if text.startswith(("ok, ", "i see. "))]
 
 
 def test_answers_out_of_scope_contain_no_fact():
