@@ -178,8 +178,11 @@ class Prompter:
         Raises UserError if the row lacks a value that the prompt requires.
         """
         if not row.options:
-            tokens = self.tokens(row.question) if self.config.raw else self.tokenizer.chat(row.messages[:-1])
-            return PromptedQuestion(row, row.question, tokens, "", 0)
+            messages = row.messages[:-1]
+            if not self.config.raw:
+                return PromptedQuestion(row, row.question, self.tokenizer.chat(messages), "", 0)
+            text = "\n".join(message["content"] for message in messages)  # all turns of a conversation
+            return PromptedQuestion(row, text, self.tokens(text), "", 0)
         prompt = self.prompt or PROMPTS[row.exam or "own"]
         while True:
             head, item = compose(row, prompt, shots, self.config.raw)

@@ -353,8 +353,9 @@ def test_free_form_question_has_no_prompt(tokenizer):
     for name in ("auto", "cmb"):
         chat, raw = (make_prompter(tokenizer, raw, name).prompt_question(row, OWN, 1000) for raw in (False, True))
         assert chat.tokens == tokenizer.chat(messages[:-1])
-        assert raw.tokens == tokenizer.start + tokenizer.encode("asthma?")
-        assert (chat.text, chat.head, chat.shots) == (raw.text, raw.head, raw.shots) == ("asthma?", "", 0)
+        assert (chat.text, chat.head, chat.shots) == ("asthma?", "", 0)
+        assert (raw.text, raw.head, raw.shots) == ("Be short.\ngout?\nacid\nasthma?", "", 0)
+        assert raw.tokens == tokenizer.start + tokenizer.encode(raw.text)
 
 
 @pytest.fixture(scope="module")
