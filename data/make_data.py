@@ -49,6 +49,7 @@ P_OUT_OF_SCOPE = 0.5  # conversation with a turn out of scope
 P_OTHER_LANGUAGE = 0.15  # conversation that ends in the other language
 
 IS_QUESTION = re.compile("^(can|could|would|may|do|any|is|has)\\b|吗|呢|请问|谁|不可以|能不能|可不可以", re.IGNORECASE)
+ACKNOWLEDGED = re.compile("(and|so|now|ok|okay|thanks|right|well|alright)\\b|好|谢|明白|哦|嗯|对了", re.IGNORECASE)
 
 
 def attach_punctuation(text: str, language: str, is_request: bool, rng: random.Random) -> str:
@@ -111,11 +112,10 @@ def ask_plainly(words: dict, attribute: str, name: str, language: str, rng: rand
 
 def punctuate_later(words: dict, text: str, language: str, rng: random.Random) -> str:
     """Return a later question of a conversation, typed as people do, at times after an acknowledgement."""
-    text = capitalized(text)
-    if "acknowledgements" in words and rng.random() < P_ACKNOWLEDGE:
+    if "acknowledgements" in words and rng.random() < P_ACKNOWLEDGE and not ACKNOWLEDGED.match(text):
         opener = rng.choice(words["acknowledgements"])
-        text = text if opener[-1] in ".。" or text.startswith("I ") else text[0].lower() + text[1:]
-        text = capitalized(opener) + ("" if language == "zh" else " ") + text
+        text = opener + ("" if language == "zh" else " ") + (capitalized(text) if opener[-1] in ".。" else text)
+    text = capitalized(text)
     return spoil(attach_punctuation(text, language, False, rng), language, rng)
 
 

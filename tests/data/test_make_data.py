@@ -8,7 +8,7 @@ from collections import Counter, defaultdict
 
 import pytest
 
-from data.make_data import N_COPIES, SPLITS, WORDINGS, Generator, follow_up, make_files, split_conditions
+from data.make_data import ACKNOWLEDGED, N_COPIES, SPLITS, WORDINGS, Generator, follow_up, make_files, split_conditions
 from data.make_text import (
     ATTRIBUTES,
     HERE,
@@ -216,12 +216,16 @@ def test_rare_kinds_of_prompts_occur_several_times_in_training():
 
 def test_a_quarter_of_later_questions_follow_an_acknowledgement():
     rng = random.Random(0)
-    words = {"acknowledgements": ["ok,", "I see."], "follow_ups": {"cause": ["and why"]}, "pronoun": {"cause": ["why"]}}
+    words = {"acknowledgements": ["ok,", "I see."], "follow_ups": {"cause": ["why"]}, "pronoun": {"cause": ["why"]}}
     texts = [follow_up(words, "cause", "en", rng).lower() for _ in range(1000)]
     openers = Counter(opener for text in texts for opener in ("ok, ", "i see. ") if text.startswith(opener))
     assert 80 < openers["ok, "] < 170
     assert 80 < openers["i see. "] < 170
-    del words["acknowledgements"]
+    assert not ACKNOWLEDGED.match("nowhere")
+    words["follow_ups"]["cause"] = words["pronoun"]["cause"] = ["and why", "好的，为什么"]
+    texts = [follow_up(words, "cause", "en", rng).lower() for _ in range(1000)]
+    assert not [text for text in texts if text.startswith(("ok, ", "i see. "))]
+    words = {"follow_ups": {"cause": ["why"]}, "pronoun": {"cause": ["why"]}}
     texts = [follow_up(words, "cause", "en", rng).lower() for _ in range(1000)]
     assert not [text for text in texts if text.startswith(("ok, ", "i see. "))]
 
