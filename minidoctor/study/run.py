@@ -1,6 +1,7 @@
 """One run of the ablation: a variant, a seed, and its measures. README.md in this directory defines these."""
 
 import math
+import random
 import statistics
 import time
 from collections import defaultdict
@@ -80,7 +81,8 @@ def run_variant(name: str, seed: int, config: AblationConfig) -> RunResult:
 def evaluation_rows(config: AblationConfig) -> list[Row]:
     rows = read_questions(config.eval).rows
     n = min(config.eval_rows or len(rows), len(rows))
-    return [rows[i * len(rows) // n] for i in range(n)]
+    # The same ones for all runs, and at random: evenly spaced rows of a file with a period can be of one kind.
+    return [rows[i] for i in sorted(random.Random(0).sample(range(len(rows)), n))]
 
 
 def encode(rows: list[Row], tokenizer: Tokenizer, config: AblationConfig) -> list[Example]:

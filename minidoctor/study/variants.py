@@ -24,7 +24,7 @@ class AblationConfig:
     steps: int = flag(100, "optimizer steps per run")
     batch_size: int = flag(32, "examples per step")
     max_seq_len: int = flag(256, "maximum length of an example in tokens; longer ones are truncated")
-    eval_rows: int = flag(0, "number of evaluation questions, evenly spaced in the file (0: all)")
+    eval_rows: int = flag(0, "number of evaluation questions, drawn at random (0: all)")
     loss_only: bool = flag(False, "evaluate the loss only, without generating answers")
     n_experts: int = flag(8, "LoRA experts per adapted layer")
     top_k: int = flag(2, "experts per token")

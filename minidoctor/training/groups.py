@@ -7,7 +7,7 @@ the queue, since otherwise one group for everything would be the easiest to pred
 https://arxiv.org/abs/2006.09882, sections 3.1 and 3.2, with fixed features: only the centres of the groups are trained.
 """
 
-import math
+import random
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,7 @@ from minidoctor.expert_queue import ExpertQueue
 from minidoctor.model import Model
 from minidoctor.ops.precision import at_least_float32
 
-MAX_PROMPTS = 500  # evenly spaced in the training data
+MAX_PROMPTS = 500
 BATCH_SIZE, STEPS, CAPACITY, LR = 32, 200, 256, 0.05
 TEMPERATURE, ASSIGNMENT_TEMPERATURE = 0.1, 0.05  # as in the reference
 
@@ -70,7 +70,8 @@ def learn_groups(model: Model, examples: list[Example], seed: int) -> None:
     """Learn the centres of the model's groups from the prompts of the examples. Does nothing without groups."""
     if model.groups is None:
         return
-    examples = examples[:: math.ceil(len(examples) / MAX_PROMPTS)]
+    # At random: evenly spaced rows of a file that alternates between two languages can be of one.
+    examples = random.Random(seed).sample(examples, min(len(examples), MAX_PROMPTS))
     groups, table = model.groups, model.model.embed_tokens.weight.detach()
     groups.mean.copy_(table.mean(0, dtype=torch.promote_types(table.dtype, torch.float32)))
     views = prompt_views(model, examples, groups.mean, seed)

@@ -87,7 +87,11 @@ def test_loss_only_measures_the_same_loss_without_accuracies(ablation_config):
     assert not {"accuracy", "free_form", "multiple_choice"} & loss_only.keys()
 
 
-def test_evaluation_rows_are_evenly_spaced(ablation_config):
-    ids = [row.question for row in study_run.evaluation_rows(replace(ablation_config, eval_rows=3))]
-    assert ids == ["痛风 0？", "痛风 8？", "痛风 16？"]
+def test_evaluation_rows_are_drawn_once_from_all_parts_of_the_file(ablation_config):
+    rows = study_run.evaluation_rows(replace(ablation_config, eval_rows=12))
+    assert rows == study_run.evaluation_rows(replace(ablation_config, eval_rows=12))
+    numbers = [int("".join(filter(str.isdigit, row.question))) for row in rows]
+    assert len(set(numbers)) == 12
+    assert numbers == sorted(numbers)
+    assert 2 < sum(number % 2 for number in numbers) < 10  # not only every second one
     assert len(study_run.evaluation_rows(replace(ablation_config, eval_rows=0))) == 24
