@@ -70,7 +70,7 @@ class Inputs(NamedTuple):
 
 def list_files(paths: list[str]) -> list[Path]:
     """Return the files of all paths, each once."""
-    files = [file for path in paths for file in list_question_files(Path(path))]
+    files = [file for path in paths for file in list_question_files(path)]
     return list({file.resolve(): file for file in reversed(files)}.values())[::-1]
 
 

@@ -33,7 +33,7 @@ def read_questions(
     """
     answers = exams.read_answers(Path(answers_file)) if answers_file else {}
     files = []
-    for file in list_question_files(Path(path)):
+    for file in list_question_files(path):
         text = read_text(file, pipe=True)
         on_read(text.encode())
         files.append(parse_file(file, text, answers))
@@ -45,8 +45,11 @@ def read_questions(
     return Questions(rows, malformed)
 
 
-def list_question_files(path: Path) -> list[Path]:
+def list_question_files(path: str | Path) -> list[Path]:
     """Return the path itself, or the question files of a directory. Raises FileNotFoundError if there is none."""
+    if path == "":  # not those of the current directory, because of a variable of the shell that is not set
+        raise UserError("the path of the questions is empty")
+    path = Path(path)
     if not path.is_dir():
         return [path]
     visible = (file for file in sorted(path.iterdir()) if not file.name.startswith("."))  # not macOS's ._x.csv
@@ -77,10 +80,11 @@ def parse_file(path: Path, text: str, answers: dict[str, dict[str, Any]]) -> Que
 
 def is_cmb(entries: list[Any]) -> bool:
     """Return whether the entries of a JSON list have CMB's format, not one of JSON lines."""
-    keys = set().union(*(entry for entry in entries if isinstance(entry, dict)))
-    formats = keys & {*FORMATS, "options"}
-    is_exam = bool(keys & {*exams.CMB_FIELDS} - {"question_type"})  # other files have a question_type, too
-    return "option" in keys or not formats or (formats == {"question"} and is_exam)
+    entries = [entry for entry in entries if isinstance(entry, dict)]
+    keys = set().union(*entries)
+    if not keys & {*exams.CMB_FIELDS} - {"question_type"}:  # other files have a question_type, too
+        return bool(entries) and all("option" in entry for entry in entries)
+    return "option" in keys or keys & {*FORMATS, "options"} <= {"question"}
 
 
 def parse_records(

@@ -1,7 +1,6 @@
 """The data of a run: the questions to learn as tokens and targets, and the questions of the evaluation."""
 
 import hashlib
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -28,7 +27,7 @@ class TrainingData(NamedTuple):
 def hash_files(path: str) -> str:
     """Return a hash of the content of a file, or of all question files of a directory; "" for no path."""
     digest = hashlib.sha256()
-    for file in list_question_files(Path(path)) if path else ():
+    for file in list_question_files(path) if path else ():
         digest.update(hashlib.sha256(read_bytes(file)).digest())
     return digest.hexdigest() if path else ""
 

@@ -209,3 +209,20 @@ def test_one_file_without_questions_fails_its_directory(write, tmp_path):
 )
 def test_the_entries_of_a_json_list_show_cmb(write, record, exam):
     assert [row.exam for row in read_questions(write(json.dumps([record, record]), "q.json")).rows] == [exam, exam]
+
+
+def test_one_entry_with_option_does_not_make_a_list_cmb(write):
+    row, wrong = {"question": "痛风？", "answer": "尿酸"}, {"question": "病因？", "option": {"A": "心"}, "answer": "A"}
+    text = json.dumps([row, wrong, row]).replace("}, {", "},\n\n{")
+    with pytest.raises(UserError, match=r"list\.json:3: .*option"):
+        read_questions(write(text, "list.json"))
+    with pytest.raises(UserError, match='no "question"'):
+        read_questions(write(json.dumps([{"prompt": "痛风？", "completion": "尿酸"}]), "other.json"))
+
+
+def test_an_empty_path_is_not_the_current_directory(tmp_path, monkeypatch):
+    (tmp_path / "notes.jsonl").write_text('{"question": "gout?", "answer": "acid"}\n')
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="empty"):
+        read_questions("")
+    assert len(read_questions(".").rows) == 1
