@@ -142,8 +142,7 @@ def prepare_output(
     processes.gather(None)  # before the first process writes again
     if not processes.is_first:
         return
-    if not is_saved:
-        save(components, state)
+    save(components, state)  # also a resumed one, whose new paths and flags the next --resume needs
     # A run can be killed between two files, so those that are missing are written by the resumed run.
     if not state.step or not (out / CONFIG).exists():
         save_adapter_config(out, config.base, state.adapter, str(tokenizer.chat_format), config.quantize)

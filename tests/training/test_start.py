@@ -193,6 +193,18 @@ def test_a_deleted_file_does_not_block_resume(stopped, name, capsys):
         assert (stopped / name).read_bytes() == content
 
 
+def test_the_flags_of_a_resumed_run_are_kept_before_its_next_save(stopped, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "fit", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            resume(stopped, accumulate=2)
+    assert read_state(stopped).config.accumulate == 2
+    assert read_state(stopped).step == 2
+
+
 def test_printed_commands_are_quoted(stopped, capsys, program, monkeypatch):
     config = TrainConfig(out="my runs/$one")
     assert shlex.split(resume_command(config, 1)) == ["python", "train.py", "--out", "my runs/$one", "--resume"]
