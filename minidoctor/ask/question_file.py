@@ -128,4 +128,4 @@ def answer_questions(
                 progress.update()
     new = f"of the {len(questions) - n_answered} new answers" if n_answered else "answers"
     print(f"{n_truncated} {new} ended at --max-new-tokens or the context, {n_empty} are empty", file=sys.stderr)
-    print(f"{len(questions)} answers: {out}")
+    print(f"{len(questions)} answers: {out}", file=sys.stderr)  # stdout may be the file

@@ -17,6 +17,7 @@ from minidoctor.checkpoints.adapters import (
     read_chat_format,
     read_quantization,
 )
+from minidoctor.checkpoints.families import read_config
 from minidoctor.checkpoints.hugging_face import checkpoint_hash
 from minidoctor.checkpoints.peft import check_plain_lora, is_peft, write_peft
 from minidoctor.cli.device import choose_dtype
@@ -56,6 +57,8 @@ def main() -> None:
         metadata = {"base_checkpoint_hash": checkpoint_hash(base), "chat_format": chat_format}
         write_peft(out, str(base.resolve()), model.adapter, adapter_state(model), metadata)
     print(out)
+    if flags.peft is not None and read_config(base)[1].packed:
+        print("the base stores q, k and v as one matrix, so peft would not find these: with peft, use --merge")
     if (trained_on := read_quantization(adapter)) != "none":
         weights = "exported for" if flags.merge is None else f"merged into {weights_dtype} copies of"
         print(f"trained with --quantize {trained_on}; {weights} the weights of {base}, which are not quantized")

@@ -73,7 +73,7 @@ CHAT_FORMATS = {
         default_system="",
     ),
     "mistral": MISTRAL,
-    # As in the first revisions of versions 0.1 and 0.2.
+    # As in the first revisions of versions 0.1, with a space after each answer, and 0.2.
     "mistral-v1": MISTRAL._replace(user="[INST] {} [/INST]", answer="{}"),
     # Version 0.3, where [INST] is one token.
     "mistral-v3": MISTRAL._replace(user="[INST] {}[/INST]", system_in_user="last", needs=("[INST]", "[/INST]")),
@@ -137,7 +137,8 @@ def adapt(format: ChatFormat, template: str, thinking: bool = False) -> ChatForm
     """Return a format as a checkpoint's template varies it.
 
     In ChatML, the default system message and the start token vary. The assistant's turn of a model that always reasons
-    opens with <think>. With `thinking`, no empty chain of thought is put there.
+    opens with <think>. With `thinking`, no empty chain of thought is put there. Mistral 0.1 has a space after
+    an answer.
     """
     prompt = format.past_prompt or format.generation_prompt
     opening = re.search(re.escape(prompt.rstrip()) + r"((?:\\n|\n)*<think>(?:\\n|\n)?)", template)
@@ -147,6 +148,8 @@ def adapt(format: ChatFormat, template: str, thinking: bool = False) -> ChatForm
     elif thinking:
         prompt = format.generation_prompt.removesuffix(NO_THINKING)
         format = format._replace(generation_prompt=prompt, max_new_tokens=REASONING_TOKENS)
+    if "[INST]" in format.user and re.search(r"eos_token *\+ *' '", template):
+        format = format._replace(after=" ")
     if not format.generation_prompt.startswith("<|im_start|>"):
         return format
     # The text is in a string literal, with escapes. An expression would begin with {{ or {%.

@@ -246,7 +246,9 @@ def test_chat_format_of_the_training_is_exported_or_reported(call, tmp_path, bas
 
 def test_exported_adapter_loads_equal(call, tmp_path, kind):
     base, adapter = kind
-    assert call("--base", base, "--adapter", adapter, "--peft", tmp_path / "out") == (0, f"{tmp_path / 'out'}\n", "")
+    code, out, err = call("--base", base, "--adapter", adapter, "--peft", tmp_path / "out")
+    assert (code, out.splitlines()[0], err) == (0, str(tmp_path / "out"), "")
+    assert ("peft would not find these" in out) == ("baichuan" in (base / "config.json").read_text().lower())
     assert {path.name for path in (tmp_path / "out").iterdir()} == {CONFIG, WEIGHTS}
     assert json.loads((tmp_path / "out" / CONFIG).read_text())["base_model_name_or_path"] == str(base)
     expected, exported = load_adapted_model(base, adapter), load_adapted_model(base, tmp_path / "out")

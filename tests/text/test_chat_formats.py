@@ -371,6 +371,15 @@ def test_recognize_mistral_v1_also_with_its_marks_as_special_tokens():
     assert recognize(TEMPLATES["mistral-v1"], {"[INST]", "[/INST]"})[0] == "mistral-v1"
 
 
+def test_mistral_0_1_has_a_space_after_an_answer():
+    template = TEMPLATES["mistral-v1"].replace("eos_token }}", "eos_token + ' ' }}")
+    assert recognize(template, set())[0] == "mistral-v1"
+    assert adapt(CHAT_FORMATS["mistral-v1"], TEMPLATES["mistral-v1"]) == CHAT_FORMATS["mistral-v1"]
+    format = adapt(CHAT_FORMATS["mistral-v1"], template)
+    messages = [{"role": role, "content": text} for role, text in (("user", "Q1"), ("assistant", "A1"), ("user", "Q2"))]
+    assert "".join(segment.text for segment in render(messages, format, [])).endswith(" [INST] Q2 [/INST]")
+
+
 def default_system(template):
     return adapt(CHAT_FORMATS["chatml"], template).default_system
 
