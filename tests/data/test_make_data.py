@@ -206,6 +206,13 @@ def test_a_follow_up_needs_the_turn_before(name):
     assert n_changes > 0.8 * n_named  # the others have a typing error
 
 
+def test_the_page_states_the_numbers_of_rows():
+    page = (HERE / "README.md").read_text(encoding="utf-8")
+    n_train, n_dev, n_heldout = (f"{len(ROWS[name]):,}" for name in SPLITS)
+    assert f"| `train.jsonl` | {n_train} questions" in page
+    assert f"| `dev.jsonl`, `heldout.jsonl` | {n_dev} and {n_heldout} questions" in page
+
+
 def test_rare_kinds_of_prompts_occur_several_times_in_training():
     counts = Counter(row.id.split("-")[0] for row in ROWS["train"] if row.kind == "out of scope")
     for kind, n in N_COPIES.items():
