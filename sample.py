@@ -41,6 +41,8 @@ def parse_flags() -> argparse.Namespace:
     add_model_flags(parser)
     add_flags(parser, SampleConfig)
     args = parser.parse_args()
+    for name in ("questions", "out", "page", "adapter"):  # an empty variable of the shell is no absent flag
+        check(getattr(args, name, None) != "", f"--{name} is empty")
     check(bool(args.questions) == bool(args.out), "--questions FILE and --out FILE need each other")
     check(not args.questions or args.question is None, "--questions cannot be combined with a QUESTION")
     check(not args.questions or not args.raw, "--questions cannot be combined with --raw")

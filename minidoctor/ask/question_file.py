@@ -55,7 +55,8 @@ def count_answered(out: Path, questions: list[Question], resume: bool) -> int:
     content = out.read_bytes() if out.is_file() else b""
     check(resume or not content, f"{out}: already exists; use --resume to continue it or choose another --out")
     *rows, tail = content.split(b"\n")
-    starts = [format_json({"question": question.text}).encode()[:-1] for question in questions]  # of their rows
+    rows_without_answer = (format_json({"question": question.text, "answer": ""}) for question in questions)
+    starts = [row.removesuffix('"}').encode() for row in rows_without_answer]
     same = len(rows) + bool(tail) <= len(starts) and all(map(bytes.startswith, rows, starts))
     if same and tail:
         start = starts[len(rows)]

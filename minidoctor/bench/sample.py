@@ -33,6 +33,8 @@ PROMPT = list(range(16))
 def bench_sample(config: BenchConfig, gguf: Sequence[str] = ()) -> Result:
     """Time greedy decoding of each implementation. README.md explains the keys of the result."""
     plain, n = make_sample_base(replace(config, quantize="none")), config.new_tokens
+    context = plain.config.max_seq_len
+    check(len(PROMPT) + n <= context, f"--new-tokens {n} after {len(PROMPT)} tokens: the context has {context}")
     device, weights = plain.lm_head.weight.device, [p.detach() for p in plain.parameters()]
     base = plain if config.quantize == "none" else make_sample_base(config)
     unpacked = config.compile and config.quantize == "int8"  # for batches of one; larger ones are not compiled

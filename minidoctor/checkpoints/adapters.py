@@ -133,6 +133,7 @@ def load(
     With "auto" the chat format is that of the adapter's training, or that of the base. `thinking` as in
     `load_tokenizer`. Raises FileNotFoundError or UserError, also for an unknown chat format, unless `chats` is False.
     """
+    check(adapter != "", "the path of the adapter is empty")  # not the base alone, because of an empty variable
     if adapter and chat_format == "auto":
         chat_format = read_chat_format(adapter)
     tokenizer = load_tokenizer(base, chat_format, thinking)

@@ -9,7 +9,8 @@
     sentence    a question with its answer in each language, each token with its top-1 expert
 
 The plots need matplotlib: pip install -e ".[pictures]". The topics are those of the questions in --data. The page shows
-the routing of the first of these questions, the expert queue and the training. It needs no network and no package.
+the routing of one of these questions, an English one if there is one, the expert queue and the training. It needs no
+network and no package.
 """
 
 import argparse

@@ -21,6 +21,7 @@ from minidoctor.picture.metrics import read_metrics
 from minidoctor.picture.terminal import PALETTE, letter, question_start, routed_texts, sublayer_names
 from minidoctor.router import Routing
 from minidoctor.text.tokenizer import Tokenizer, encode_conversation
+from minidoctor.training.log import METRICS
 from minidoctor.training.state import STATE
 
 MAX_TOKENS = 120  # displayed of a question and its answer
@@ -89,7 +90,8 @@ def run_numbers(run: Path, model: Model, tokens: list[int], start: int) -> dict[
     keys = queue.get("queue.keys", torch.zeros(*shape, 0, adapter.routing_dim))  # (L, E, Q, Z)
     check(keys.shape[:2] == shape, f"{path}: the queue is for other sublayers or experts than the adapter in {run}")
     written = queue.get("queue.written", torch.zeros(shape, dtype=torch.long))  # (L, E)
-    metrics = read_metrics(run / "metrics.jsonl") if (run / "metrics.jsonl").is_file() else []
+    log = run / METRICS
+    metrics = read_metrics(log) if log.is_file() and log.stat().st_size else []  # none in the first steps of a run
     rows, load_rows = thin(metrics, MAX_ROWS), thin([row for row in metrics if "expert_load" in row], MAX_ROWS // 4)
     losses = [name for name in ("loss", "lm", "balance", "contrast") if any(name in row for row in rows)]
     return {

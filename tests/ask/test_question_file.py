@@ -151,7 +151,11 @@ def test_existing_file_is_never_replaced(answer_file, tmp_path, content):
         assert out.read_text(encoding="utf-8") == content
 
 
-def test_questions_as_their_own_output_are_refused(answer_file, question_path):
+@pytest.mark.parametrize("end", ["", "\n"])
+@pytest.mark.parametrize("as_json", [True, False])
+def test_questions_as_their_own_output_are_refused(answer_file, question_path, as_json, end):
+    lines = [json.dumps({"question": text}, ensure_ascii=False) if as_json else text for text in QUESTIONS]
+    question_path.write_text("\n".join(lines) + end, encoding="utf-8")
     before = question_path.read_bytes()
     for words in ([], ["--resume"]):
         assert answer_file(*words, out=question_path)[0] == 2

@@ -5,6 +5,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+from paths import ROOT
 
 from minidoctor.bench import __main__ as bench
 from minidoctor.bench import baselines, implementations, sample, train
@@ -202,6 +203,7 @@ def test_memory_reports_peaks_of_a_separate_process(base_dir, run_bench):
     [
         (["load"], "--base"),
         (["sample", "--shape", "gpt2"], "smollm2"),
+        (["sample", "--base", str(ROOT / "data" / "base"), "--new-tokens", "497"], "the context has 512"),
         (["train", "--n-experts", "1"], "n_experts"),
         (["train", "--rounds", "0"], "rounds"),
         (["memory", "--steps", "2"], "steps"),

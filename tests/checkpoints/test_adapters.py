@@ -19,7 +19,7 @@ from minidoctor.checkpoints.adapters import (
     save_adapter_config,
 )
 from minidoctor.checkpoints.hugging_face import checkpoint_hash, load_model, save_model
-from minidoctor.config import AdapterConfig, RopeScaling
+from minidoctor.config import AdapterConfig, RopeScaling, UserError
 from minidoctor.files.safetensors import read_tensors, write_tensors
 from minidoctor.model import Model, adapter_state
 from minidoctor.router import Router
@@ -163,6 +163,11 @@ def test_damaged_base_is_not_reported_as_a_damaged_adapter(tmp_path, base_dir, a
     with pytest.raises(ValueError, match=r"damaged/config\.json: not JSON") as rejected:
         load_adapted_model(base, adapter_dir)
     assert "adapter_config.json" not in str(rejected.value)
+
+
+def test_load_rejects_an_empty_path_of_an_adapter(base_dir):
+    with pytest.raises(UserError, match="empty"):
+        load(base_dir, "")
 
 
 def test_load_uses_the_chat_format_of_training(base_dir, copy, adapter):

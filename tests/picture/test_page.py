@@ -59,6 +59,7 @@ def run_dirs(tmp_path_factory, adapter_dir):
     queue = {"queue.keys": unit_vectors(4, 4, 5, 4), "queue.written": torch.tensor(WRITTEN)}
     write_tensors(complete / STATE, queue)
     (complete / "metrics.jsonl").write_text("".join(json.dumps(metrics_row(step)) + "\n" for step in range(40)))
+    (bare / "metrics.jsonl").touch()  # as in the first steps of a run
     return complete, bare
 
 

@@ -174,7 +174,7 @@ def test_tokenizer_model_uses_the_spaces_of_a_tokenizer_json(load, model, conten
 
 
 def test_note_reports_file_format_and_reason(load):
-    assert load("zephyr").note == "tokenizer.model, chat format zephyr (as chosen)"
+    assert load("zephyr").note == "tokenizer.model, chat format zephyr (that of the adapter or --chat-format)"
     template = "{{ '<|im_start|>' + role }}"
     expected = "tokenizer.model, chat format chatml (its chat_template has <|im_start|>)"
     assert load(tokenizer_config={"chat_template": template}).note == expected
