@@ -36,8 +36,8 @@ from data.make_text import (
 )
 
 SPLITS = ("train", "dev", "heldout")
-N_QUESTIONS = {"en": 6, "zh": 4}  # single questions per fact in train.jsonl; English has more forms
-N_CONVERSATIONS = {"en": 16, "zh": 12}  # per condition
+N_QUESTIONS = 6  # single questions per fact and language in train.jsonl
+N_CONVERSATIONS = 16  # per condition and language
 N_EVAL = 100  # questions per kind and language
 # Rows of a prompt out of scope in train.jsonl: a run reads a row about once, too little for rare kinds of prompts.
 N_COPIES = {"greeting": 3, "thanks": 2, "goodbye": 2, "identity": 2, "arithmetic": 2, "emergency": 3}
@@ -264,12 +264,12 @@ class Generator:
             for language in LANGUAGES:
                 words, stem = self.words(language), f"{condition['id']}-{language}"
                 for attribute in ATTRIBUTES:
-                    for i in range(N_QUESTIONS[language]):
+                    for i in range(N_QUESTIONS):
                         name = self.trained_name(condition, language)
                         question = ask(words, attribute, name, language, rng, condition.get("sex", ""))
                         turn = (question, condition[language][attribute])
                         yield as_row(f"{stem}-{attribute}-{i}", condition["department"], "question", [turn])
-                for i in range(N_CONVERSATIONS[language]):
+                for i in range(N_CONVERSATIONS):
                     turns = self.conversation(condition, language)
                     yield as_row(f"{stem}-conversation-{i}", condition["department"], "conversation", turns)
         yield from self.scope_rows(None)
