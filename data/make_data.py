@@ -320,19 +320,19 @@ class Generator:
         return prompt.replace("{n}", name).replace("{a}", str(a)).replace("{b}", str(b))
 
     def scope_rows(self, n: int | None) -> Iterator[dict]:
-        """Yield rows out of scope: of training all prompts and a part of the unknown names, or at most n."""
+        """Yield rows out of scope: at most n, or for training `N_COPIES` of a prompt and half of the unknown names."""
         rng = self.rng
         for language in LANGUAGES:
             words, replies, rows = self.words(language), SCOPE["replies"][language], []
             for kind, prompts in SCOPE["prompts"][self.split][language].items():
                 for i, prompt in enumerate(prompts):
-                    for copy in range(1 if n else N_COPIES.get(kind, 1)):
+                    for copy in range(N_COPIES.get(kind, 1) if n is None else 1):
                         text = self.fill(pick([prompt], rng), language)
-                        text = capitalized(text) if n is None and rng.random() < 0.5 else text
-                        text = spoil(text, language, rng) if n is None else text
+                        if n is None:
+                            text = spoil(capitalized(text) if rng.random() < 0.5 else text, language, rng)
                         rows.append((f"{kind}-{language}-{i}" + f"-{copy}" * (copy > 0), kind, text))
             # More questions about unknown conditions make the model take new ones for unknown.
-            for name in SCOPE["unknown"][self.split][language][:: 1 if n else 2]:
+            for name in SCOPE["unknown"][self.split][language][:: 2 if n is None else 1]:
                 text = ask(words, rng.choice(ATTRIBUTES), name, language, rng)
                 rows.append((f"unknown-{language}-{name}", "unknown", text))
             if n is not None:

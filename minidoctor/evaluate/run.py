@@ -112,9 +112,8 @@ def answer_questions(run: RunConfig, model: Model, evaluation: Evaluation, proce
     except BaseException:
         try:
             print(f"{format_summary(evaluation.result().summary)}\nstopped: these questions are no random sample")
-            print(
-                f"continue with: {command(processes.size, resume=True)}" if run.out else "not saved: there is no --out"
-            )
+            again = command(processes.size, resume=True)
+            print(f"continue with: {again}" if run.out else "not saved: there is no --out")
         finally:
             evaluation.save()
         raise

@@ -208,11 +208,8 @@ def choose_format(
     chat_format: str, template: str, thinking: bool, special_tokens: dict[str, int], directory: Path
 ) -> tuple[str | None, ChatFormat | None, str]:
     """Return the name of the chat format, the format, and the reason. The first two are None if it is unknown."""
-    chosen = (
-        (chat_format, "that of the adapter or --chat-format")
-        if chat_format != "auto"
-        else recognize(template, special_tokens)
-    )
+    given = chat_format, "that of the adapter or --chat-format"
+    chosen = given if chat_format != "auto" else recognize(template, special_tokens)
     if not chosen:
         formats = ", ".join(CHAT_FORMATS)
         return None, None, f"{directory}: its chat_template is none of {formats}; choose one with --chat-format"

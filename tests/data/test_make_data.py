@@ -208,9 +208,8 @@ def test_a_follow_up_needs_the_turn_before(name):
 
 def test_the_page_states_the_numbers_of_rows():
     page = (HERE / "README.md").read_text(encoding="utf-8")
-    n_train, n_dev, n_heldout = (f"{len(ROWS[name]):,}" for name in SPLITS)
-    assert f"| `train.jsonl` | {n_train} questions" in page
-    assert f"| `dev.jsonl`, `heldout.jsonl` | {n_dev} and {n_heldout} questions" in page
+    for name, rows in ROWS.items():
+        assert f"| `{name}.jsonl` | {len(rows):,} questions" in page
 
 
 def test_rare_kinds_of_prompts_occur_several_times_in_training():
