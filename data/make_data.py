@@ -12,9 +12,11 @@ names and wordings. Each of their rows tests one kind of generalization:
     all new         another name of a new condition, asked in another way
     follow-up       a new condition; it or the attribute is in an earlier turn only
     out of scope    no condition, an unknown one or another aspect: the answer contains no fact
+    general name    a name of several conditions, such as diabetes: the answer is to ask about one of them
     multiple choice a new condition in a new wording, with four options
 """
 
+import itertools
 import json
 import random
 import re
@@ -36,12 +38,23 @@ from data.make_text import (
 )
 
 SPLITS = ("train", "dev", "heldout")
-N_QUESTIONS = 6  # single questions per fact and language in train.jsonl
+N_QUESTIONS = 7  # single questions per fact and language in train.jsonl
 N_CONVERSATIONS = 16  # per condition and language
 N_EVAL = 100  # questions per kind and language
+N_GENERAL = 12  # questions per name of several conditions in train.jsonl
+N_CHOICES = 3  # conversations per condition and language in which such a question precedes its name
 # Rows of a prompt out of scope in train.jsonl: a run reads a row about once, too little for rare kinds of prompts.
-N_COPIES = {"greeting": 3, "thanks": 2, "goodbye": 2, "identity": 2, "arithmetic": 2, "emergency": 3}
+N_COPIES = {
+    "greeting": 3,
+    "thanks": 2,
+    "goodbye": 2,
+    "identity": 2,
+    "arithmetic": 2,
+    "emergency": 3,
+    "other_aspect": 2,
+}
 P_TYPO = {"en": 0.1, "zh": 0.0}  # a typing error of one letter
+P_TYPO_IN_NAME = 0.1  # the same in an English name of a training question
 # Of training conversations: a turn that changes the condition, and such a change without the attribute.
 P_CHANGE, P_SAME_ATTRIBUTE = 0.45, 0.8
 P_ACKNOWLEDGE = 0.25  # before a later question: "I see. And the cause?"
@@ -256,7 +269,9 @@ class Generator:
         names = condition[language]
         held_out = [self.held_out[key].lower() for x in LANGUAGES if (key := (condition["id"], x)) in self.held_out]
         others = [name for name in names["other_names"] if not any(part in name.lower() for part in held_out)]
-        return self.rng.choice(others) if others and self.rng.random() < 0.5 else names["name"]
+        name = self.rng.choice(others) if others and self.rng.random() < 0.5 else names["name"]
+        is_misspelled = self.split == "train" and language == "en" and self.rng.random() < P_TYPO_IN_NAME
+        return add_typo(name, self.rng) if is_misspelled else name
 
     def training_rows(self) -> Iterator[dict]:
         rng = self.rng
@@ -273,6 +288,8 @@ class Generator:
                     turns = self.conversation(condition, language)
                     yield as_row(f"{stem}-conversation-{i}", condition["department"], "conversation", turns)
         yield from self.scope_rows(None)
+        yield from self.general_rows()
+        yield from self.choosing_rows()
 
     def conversation(self, condition: dict, language: str) -> list[tuple[str, str]]:
         """Return two to four turns, often with one or two out of scope, at times with one in the other language."""
@@ -320,7 +337,7 @@ class Generator:
         return prompt.replace("{n}", name).replace("{a}", str(a)).replace("{b}", str(b))
 
     def scope_rows(self, n: int | None) -> Iterator[dict]:
-        """Yield rows out of scope: at most n, or for training `N_COPIES` of a prompt and half of the unknown names."""
+        """Yield rows out of scope: at most n, or for training `N_COPIES` of a prompt."""
         rng = self.rng
         for language in LANGUAGES:
             words, replies, rows = self.words(language), SCOPE["replies"][language], []
@@ -331,15 +348,52 @@ class Generator:
                         if n is None:
                             text = spoil(capitalized(text) if rng.random() < 0.5 else text, language, rng)
                         rows.append((f"{kind}-{language}-{i}" + f"-{copy}" * (copy > 0), kind, text))
-            # More questions about unknown conditions make the model take new ones for unknown.
-            for name in SCOPE["unknown"][self.split][language][:: 2 if n is None else 1]:
-                text = ask(words, rng.choice(ATTRIBUTES), name, language, rng)
+            # Many names tell the department, which is then the fact most often invented.
+            attributes = ATTRIBUTES if n is not None else (*ATTRIBUTES, "department", "department")
+            for name in SCOPE["unknown"][self.split][language]:
+                text = ask(words, rng.choice(attributes), name, language, rng)
                 rows.append((f"unknown-{language}-{name}", "unknown", text))
             if n is not None:
                 rng.shuffle(rows)
                 rows = rows[:n]
             for id, kind, text in rows:
                 yield as_row(id, "", "out of scope", [(text, replies[kind])])
+
+    def general_turn(self, entry: dict, attribute: str, language: str, name: str = "") -> tuple[str, str]:
+        """Return a question with a name of several conditions, such as diabetes, and the answer: ask about one."""
+        sexes = {condition.get("sex", "") for condition in self.conditions if condition["id"] in entry["conditions"]}
+        sex = sexes.pop() if len(sexes) == 1 else ""
+        name = name or self.rng.choice(entry[language])
+        question = ask(self.words(language), attribute, name, language, self.rng, sex)
+        return question, SCOPE["replies"][language]["general_name"]
+
+    def general_rows(self) -> Iterator[dict]:
+        """Yield questions with names of several conditions, in training also "what is diabetes" and "diabetes"."""
+        rng, is_train = self.rng, self.split == "train"
+        for language, entry in itertools.product(LANGUAGES, SCOPE["general_names"]):
+            others = [text for text in SCOPE["prompts"]["train"][language]["other_aspect"] if "{n}" in text]
+            for name in entry[language]:
+                for i in range(N_GENERAL if is_train else 1):
+                    question, reply = self.general_turn(entry, rng.choice(ATTRIBUTES), language, name)
+                    if is_train and rng.random() < 0.3:
+                        text = pick([rng.choice(others), "{n}"], rng).replace("{n}", name)
+                        question = spoil(text, language, rng)
+                    yield as_row(f"general_name-{language}-{name}-{i}", "", "general name", [(question, reply)])
+
+    def choosing_rows(self) -> Iterator[dict]:
+        """Yield conversations in which a question with a name of several conditions precedes the choice of one."""
+        rng = self.rng
+        for language, entry in itertools.product(LANGUAGES, SCOPE["general_names"]):
+            words = self.words(language)
+            for condition in self.trained:
+                for i in range(N_CHOICES if condition["id"] in entry["conditions"] else 0):
+                    attribute, name = rng.choice(ATTRIBUTES), self.trained_name(condition, language)
+                    sex = condition.get("sex", "")
+                    text = draw_text(lambda w=words, n=name: pick(w["choices"], rng).format(n=n), language, sex)
+                    choice = (punctuate_later(words, text, language, rng), condition[language][attribute])
+                    turns = [self.general_turn(entry, attribute, language), choice]
+                    id = f"{condition['id']}-{language}-{attribute}-choosing-{i}"
+                    yield as_row(id, condition["department"], "conversation", turns)
 
     def evaluation_rows(self) -> Iterator[dict]:
         rng = self.rng
@@ -369,6 +423,7 @@ class Generator:
                 yield self.follow_up_row(i, attribute, language)
             yield from self.choice_rows(language)
         yield from self.scope_rows(N_EVAL)
+        yield from self.general_rows()
 
     def follow_up_row(self, i: int, attribute: str, language: str) -> dict:
         """Return a conversation whose last turn does not name its condition or, in one of four, its attribute."""

@@ -132,7 +132,7 @@ class TrainConfig:
     leave_out_eval: bool = flag(False, "remove questions from --data that also occur in --eval")
     explain: bool = flag(False, "train on each question's explanation too, below its answer")
     out: str = flag("out", "directory for the adapter, metrics.jsonl and report.json")
-    steps: int = flag(1100, "optimizer steps")
+    steps: int = flag(1200, "optimizer steps")
     batch_size: int = flag(32, "examples per step")
     accumulate: int = flag(1, "gradient-accumulation steps per batch")
     recompute: bool = flag(False, "activation checkpointing of every block: less memory, more time")

@@ -17,6 +17,7 @@ from minidoctor.evaluate.records import Prediction
 
 RESAMPLES = 10_000
 OUT_OF_SCOPE = "out of scope"  # the kind of the questions whose answer contains no fact
+GENERAL_NAME = "general name"  # the kind of those whose answer asks which of several conditions is meant
 Interval = tuple[float, float]
 
 
@@ -39,10 +40,10 @@ class MethodSummary(Accuracy):
 
 @dataclass(frozen=True)
 class ScopeSummary:
-    """Refusals among the generated answers: those that contain the expected answer of any question out of scope."""
+    """Refusals: the generated answers that contain the expected answer of a question out of scope or a general name."""
 
     refusals: Accuracy  # of the questions out of scope, by the same or another of these answers: no fact is invented
-    false_refusals: Accuracy  # of all other questions
+    false_refusals: Accuracy  # of the questions of all other kinds
 
 
 @dataclass(frozen=True)
@@ -184,10 +185,10 @@ def summarize_file(predictions: list[Prediction]) -> FileSummary:
 
 
 def summarize_scope(predictions: list[Prediction]) -> ScopeSummary:
-    expected = {p.answer for p in predictions if p.kind == OUT_OF_SCOPE}
+    expected = {p.answer for p in predictions if p.kind in (OUT_OF_SCOPE, GENERAL_NAME)}
     marks: dict[bool, list[bool]] = {True: [], False: []}
     for p in predictions:
-        if p.scoring == "generate":
+        if p.scoring == "generate" and p.kind != GENERAL_NAME:
             marks[p.kind == OUT_OF_SCOPE].append(any(contains(p.prediction or "", answer) for answer in expected))
     return ScopeSummary(mean_accuracy(marks[True]), mean_accuracy(marks[False]))
 

@@ -133,6 +133,15 @@ def test_a_refusal_is_the_expected_answer_of_any_question_out_of_scope():
     assert summary.kinds["out of scope"]["en"].accuracy == 0
 
 
+def test_a_question_back_is_a_false_refusal_only_where_one_condition_is_named():
+    which = "Which kind?"
+    predictions = [free_form("Hello.", "gout", "out of scope"), free_form(which, which, "general name")]
+    predictions += [free_form("gout", which, "new name"), free_form("gout", "gout", "new name")]
+    scope = full_summary(predictions).scope["en"]
+    assert (scope.false_refusals.accuracy, scope.false_refusals.n) == (1 / 2, 2)
+    assert (scope.refusals.accuracy, scope.refusals.n) == (0, 1)
+
+
 def test_predictions_and_summary_survive_json():
     predictions = random_predictions(5)
     summary = full_summary(predictions)
