@@ -38,8 +38,8 @@ from data.make_text import (
 )
 
 SPLITS = ("train", "dev", "heldout")
-N_QUESTIONS = 7  # single questions per fact and language in train.jsonl
-N_CONVERSATIONS = 16  # per condition and language
+N_QUESTIONS = 6  # single questions per fact and language in train.jsonl
+N_CONVERSATIONS = 18  # per condition and language
 N_EVAL = 100  # questions per kind and language
 N_GENERAL = 12  # questions per name of several conditions in train.jsonl
 N_CHOICES = 3  # conversations per condition and language in which such a question precedes its name
@@ -350,7 +350,8 @@ class Generator:
                         rows.append((f"{kind}-{language}-{i}" + f"-{copy}" * (copy > 0), kind, text))
             # Many names tell the department, which is then the fact most often invented.
             attributes = ATTRIBUTES if n is not None else (*ATTRIBUTES, "department", "department")
-            for name in SCOPE["unknown"][self.split][language]:
+            # More questions about unknown conditions make the model take new Chinese ones for unknown.
+            for name in SCOPE["unknown"][self.split][language][:: 2 if n is None and language == "zh" else 1]:
                 text = ask(words, rng.choice(attributes), name, language, rng)
                 rows.append((f"unknown-{language}-{name}", "unknown", text))
             if n is not None:

@@ -9,7 +9,17 @@ from collections import Counter, defaultdict
 import pytest
 from sentencepiece import SentencePieceProcessor
 
-from data.make_data import ACKNOWLEDGED, N_COPIES, SPLITS, WORDINGS, Generator, follow_up, make_files, split_conditions
+from data.make_data import (
+    ACKNOWLEDGED,
+    N_COPIES,
+    SPLITS,
+    WORDINGS,
+    Generator,
+    converse,
+    follow_up,
+    make_files,
+    split_conditions,
+)
 from data.make_text import (
     ATTRIBUTES,
     HERE,
@@ -238,6 +248,14 @@ def test_a_quarter_of_later_questions_follow_an_acknowledgement():
     words = {"follow_ups": {"cause": ["why"]}, "pronoun": {"cause": ["why"]}}
     texts = [follow_up(words, "cause", "en", rng).lower() for _ in range(1000)]
     assert not [text for text in texts if text.startswith(("ok, ", "i see. "))]
+
+
+def test_a_change_of_the_condition_may_follow_an_acknowledgement():
+    words = WORDINGS["train"]["en"] | {"acknowledgements": ["I see."], "changes": ["what about {n}"]}
+    turns = [(BY_ID[id], name, "cause") for id, name in (("gout", "gout"), ("asthma", "asthma"))]
+    changes = [converse(words, turns, "en", random.Random(seed))[1] for seed in range(200)]
+    assert {answer for _, answer in changes} == {BY_ID["asthma"]["en"]["cause"]}
+    assert 20 < sum(question.lower().startswith("i see. what about") for question, _ in changes) < 80
 
 
 def test_a_tenth_of_the_english_names_of_training_is_misspelled():
