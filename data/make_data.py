@@ -42,7 +42,7 @@ N_QUESTIONS = 6  # single questions per fact and language in train.jsonl
 N_CONVERSATIONS = 18  # per condition and language
 N_EVAL = 100  # questions per kind and language
 N_GENERAL = 12  # questions per name of several conditions in train.jsonl
-N_CHOICES = 3  # conversations per condition and language in which such a question precedes its name
+N_CHOICES = 6  # conversations per condition and language in which such a question precedes its name
 # Rows of a prompt out of scope in train.jsonl: a run reads a row about once, too little for rare kinds of prompts.
 N_COPIES = {
     "greeting": 3,
@@ -57,7 +57,9 @@ P_TYPO = {"en": 0.1, "zh": 0.0}  # a typing error of one letter
 P_TYPO_IN_NAME = 0.1  # the same in an English name of a training question
 # Of training conversations: a turn that changes the condition, and such a change without the attribute.
 P_CHANGE, P_SAME_ATTRIBUTE = 0.45, 0.8
+P_BARE = 0.1  # an unknown name alone
 P_ACKNOWLEDGE = 0.25  # before a later question: "I see. And the cause?"
+P_SHORT_CHOICE = 0.4  # after a name of several conditions: the rest of the name
 P_OUT_OF_SCOPE = 0.5  # conversation with a turn out of scope
 P_OTHER_LANGUAGE = 0.15  # conversation that ends in the other language
 
@@ -353,6 +355,8 @@ class Generator:
             # More questions about unknown conditions make the model take new Chinese ones for unknown.
             for name in SCOPE["unknown"][self.split][language][:: 2 if n is None and language == "zh" else 1]:
                 text = ask(words, rng.choice(attributes), name, language, rng)
+                if n is None and rng.random() < P_BARE:
+                    text = spoil(name, language, rng)
                 rows.append((f"unknown-{language}-{name}", "unknown", text))
             if n is not None:
                 rng.shuffle(rows)
@@ -360,11 +364,10 @@ class Generator:
             for id, kind, text in rows:
                 yield as_row(id, "", "out of scope", [(text, replies[kind])])
 
-    def general_turn(self, entry: dict, attribute: str, language: str, name: str = "") -> tuple[str, str]:
+    def general_turn(self, entry: dict, attribute: str, language: str, name: str) -> tuple[str, str]:
         """Return a question with a name of several conditions, such as diabetes, and the answer: ask about one."""
         sexes = {condition.get("sex", "") for condition in self.conditions if condition["id"] in entry["conditions"]}
         sex = sexes.pop() if len(sexes) == 1 else ""
-        name = name or self.rng.choice(entry[language])
         question = ask(self.words(language), attribute, name, language, self.rng, sex)
         return question, SCOPE["replies"][language]["general_name"]
 
@@ -389,10 +392,12 @@ class Generator:
             for condition in self.trained:
                 for i in range(N_CHOICES if condition["id"] in entry["conditions"] else 0):
                     attribute, name = rng.choice(ATTRIBUTES), self.trained_name(condition, language)
-                    sex = condition.get("sex", "")
+                    sex, general_name = condition.get("sex", ""), rng.choice(entry[language])
+                    if rng.random() < P_SHORT_CHOICE:  # "type 2" of "type 2 diabetes"
+                        name = " ".join(name.replace(general_name, "").split()) or name
                     text = draw_text(lambda w=words, n=name: pick(w["choices"], rng).format(n=n), language, sex)
                     choice = (punctuate_later(words, text, language, rng), condition[language][attribute])
-                    turns = [self.general_turn(entry, attribute, language), choice]
+                    turns = [self.general_turn(entry, attribute, language, general_name), choice]
                     id = f"{condition['id']}-{language}-{attribute}-choosing-{i}"
                     yield as_row(id, condition["department"], "conversation", turns)
 
