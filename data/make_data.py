@@ -55,11 +55,11 @@ N_COPIES = {
 }
 P_TYPO = {"en": 0.1, "zh": 0.0}  # a typing error of one letter
 P_TYPO_IN_NAME = 0.1  # the same in an English name of a training question
+P_BARE = 0.1  # a training prompt about an unknown condition is its name alone
+P_SHORT_CHOICE = 0.4  # after a name of several conditions: the rest of the name of one
 # Of training conversations: a turn that changes the condition, and such a change without the attribute.
 P_CHANGE, P_SAME_ATTRIBUTE = 0.45, 0.8
-P_BARE = 0.1  # an unknown name alone
 P_ACKNOWLEDGE = 0.25  # before a later question: "I see. And the cause?"
-P_SHORT_CHOICE = 0.4  # after a name of several conditions: the rest of the name
 P_OUT_OF_SCOPE = 0.5  # conversation with a turn out of scope
 P_OTHER_LANGUAGE = 0.15  # conversation that ends in the other language
 

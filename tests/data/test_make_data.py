@@ -232,6 +232,9 @@ def test_rare_kinds_of_prompts_occur_several_times_in_training():
         assert counts[kind] == n * sum(len(SCOPE["prompts"]["train"][language][kind]) for language in LANGUAGES)
     questions = Counter(normalize_question(row.question) for row in ROWS["train"] if row.kind == "out of scope")
     assert min(questions[text] for text in ("hello", "你好")) > 5
+    for language in LANGUAGES:
+        n_bare = sum(questions[normalize_question(name)] > 0 for name in SCOPE["unknown"]["train"][language])
+        assert 0.03 < n_bare / len(SCOPE["unknown"]["train"][language]) < 0.12
 
 
 def test_a_quarter_of_later_questions_follow_an_acknowledgement():
@@ -286,11 +289,15 @@ def test_a_general_name_is_answered_with_the_request_to_ask_about_one_condition(
 
 
 def test_a_kind_can_be_chosen_after_a_general_name():
-    rows = [row for row in ROWS["train"] if re.search(r"-choosing-\d+$", row.id)]
+    rows, is_short = [row for row in ROWS["train"] if re.search(r"-choosing-\d+$", row.id)], []
     for row in rows:
         condition, language, attribute = parse_id(row)
         assert row.messages[1]["content"] == SCOPE["replies"][language]["general_name"]
         assert row.answer == condition[language][attribute]
+        if language == "zh":
+            *_, last = (text.lower() for text in user_texts(row))
+            is_short.append(not any(name.lower() in last for name in condition_names(condition, language)))
+    assert 0.05 < sum(is_short) / len(is_short) < 0.4  # the rest of a name, as "type 2"
     chosen = {parse_id(row)[0]["id"] for row in rows}
     assert chosen == {id for entry in SCOPE["general_names"] for id in entry["conditions"]} & split_ids("train")
 
