@@ -41,6 +41,7 @@ SPLITS = ("train", "dev", "heldout")
 N_QUESTIONS = 6  # single questions per fact and language in train.jsonl
 N_CONVERSATIONS = 18  # per condition and language
 N_EVAL = 100  # questions per kind and language
+N_BARE = 2  # names alone in train.jsonl, per condition and language
 N_GENERAL = 12  # questions per name of several conditions in train.jsonl
 N_CHOICES = 6  # conversations per condition and language in which such a question precedes its name
 # Rows of a prompt out of scope in train.jsonl: a run reads a row about once, too little for rare kinds of prompts.
@@ -358,6 +359,10 @@ class Generator:
                 if n is None and rng.random() < P_BARE:
                     text = spoil(name, language, rng)
                 rows.append((f"unknown-{language}-{name}", "unknown", text))
+            for condition in self.trained if n is None else ():
+                for i in range(N_BARE):
+                    text = spoil(self.trained_name(condition, language), language, rng) + rng.choice(("", "", "?", "."))
+                    rows.append((f"bare-{language}-{condition['id']}-{i}", "other_aspect", text))
             if n is not None:
                 rng.shuffle(rows)
                 rows = rows[:n]

@@ -11,6 +11,7 @@ from sentencepiece import SentencePieceProcessor
 
 from data.make_data import (
     ACKNOWLEDGED,
+    N_BARE,
     N_COPIES,
     SPLITS,
     WORDINGS,
@@ -232,6 +233,7 @@ def test_rare_kinds_of_prompts_occur_several_times_in_training():
         assert counts[kind] == n * sum(len(SCOPE["prompts"]["train"][language][kind]) for language in LANGUAGES)
     questions = Counter(normalize_question(row.question) for row in ROWS["train"] if row.kind == "out of scope")
     assert min(questions[text] for text in ("hello", "你好")) > 5
+    assert counts["bare"] == N_BARE * len(split_ids("train")) * len(LANGUAGES)
     for language in LANGUAGES:
         n_bare = sum(questions[normalize_question(name)] > 0 for name in SCOPE["unknown"]["train"][language])
         assert 0.03 < n_bare / len(SCOPE["unknown"]["train"][language]) < 0.12
