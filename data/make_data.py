@@ -290,7 +290,7 @@ class Generator:
                 for i in range(N_CONVERSATIONS):
                     turns = self.conversation(condition, language)
                     yield as_row(f"{stem}-conversation-{i}", condition["department"], "conversation", turns)
-        yield from self.scope_rows(None)
+        yield from self.scope_rows()
         yield from self.general_rows()
         yield from self.choosing_rows()
 
@@ -339,33 +339,33 @@ class Generator:
         a, b = self.rng.randint(1, 99), self.rng.randint(1, 20)
         return prompt.replace("{n}", name).replace("{a}", str(a)).replace("{b}", str(b))
 
-    def scope_rows(self, n: int | None) -> Iterator[dict]:
-        """Yield rows out of scope: at most n, or for training `N_COPIES` of a prompt."""
-        rng = self.rng
+    def scope_rows(self) -> Iterator[dict]:
+        """Yield rows out of scope: for training `N_COPIES` of a prompt, otherwise `N_EVAL` per language."""
+        rng, is_train = self.rng, self.split == "train"
         for language in LANGUAGES:
             words, replies, rows = self.words(language), SCOPE["replies"][language], []
             for kind, prompts in SCOPE["prompts"][self.split][language].items():
                 for i, prompt in enumerate(prompts):
-                    for copy in range(N_COPIES.get(kind, 1) if n is None else 1):
+                    for copy in range(N_COPIES.get(kind, 1) if is_train else 1):
                         text = self.fill(pick([prompt], rng), language)
-                        if n is None:
+                        if is_train:
                             text = spoil(capitalized(text) if rng.random() < 0.5 else text, language, rng)
                         rows.append((f"{kind}-{language}-{i}" + f"-{copy}" * (copy > 0), kind, text))
             # Many names tell the department, which is then the fact most often invented.
-            attributes = ATTRIBUTES if n is not None else (*ATTRIBUTES, "department", "department")
+            attributes = (*ATTRIBUTES, "department", "department") if is_train else ATTRIBUTES
             # More questions about unknown conditions make the model take new Chinese ones for unknown.
-            for name in SCOPE["unknown"][self.split][language][:: 2 if n is None and language == "zh" else 1]:
+            for name in SCOPE["unknown"][self.split][language][:: 2 if is_train and language == "zh" else 1]:
                 text = ask(words, rng.choice(attributes), name, language, rng)
-                if n is None and rng.random() < P_BARE:
+                if is_train and rng.random() < P_BARE:
                     text = spoil(name, language, rng)
                 rows.append((f"unknown-{language}-{name}", "unknown", text))
-            for condition in self.trained if n is None else ():
+            for condition in self.trained if is_train else ():
                 for i in range(N_BARE):
                     text = spoil(self.trained_name(condition, language), language, rng) + rng.choice(("", "", "?", "."))
                     rows.append((f"bare-{language}-{condition['id']}-{i}", "other_aspect", text))
-            if n is not None:
+            if not is_train:
                 rng.shuffle(rows)
-                rows = rows[:n]
+                rows = rows[:N_EVAL]
             for id, kind, text in rows:
                 yield as_row(id, "", "out of scope", [(text, replies[kind])])
 
@@ -433,7 +433,7 @@ class Generator:
                 yield row("all new", i, condition, attribute, name, new_words)
                 yield self.follow_up_row(i, attribute, language)
             yield from self.choice_rows(language)
-        yield from self.scope_rows(N_EVAL)
+        yield from self.scope_rows()
         yield from self.general_rows()
 
     def follow_up_row(self, i: int, attribute: str, language: str) -> dict:

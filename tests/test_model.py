@@ -84,6 +84,7 @@ def test_cached_logits_of_every_family_equal_an_independent_implementation(famil
 
 
 def test_joined_projections_with_experts_equal_separate_ones():
+    # In float32 the rounding of some CPUs exceeds the default tolerance.
     model, tokens = tiny_model(GROUPED).double(), torch.randint(50, (2, 9))
     seed, results = torch.randn(2, 9, 50, dtype=torch.float64), []
     for joined in (False, True):
